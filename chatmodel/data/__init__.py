@@ -1,0 +1,1 @@
+"""Where does training text come from, and in which rows does the model see it?"""

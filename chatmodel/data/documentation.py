@@ -1,0 +1,130 @@
+"""Which prose do the installed packages and the standard library carry: docstrings, topics, README files?"""
+
+import ast
+import importlib.metadata
+import pydoc_data.topics
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from chatmodel.data.prose import BULLET, clean_markup
+
+STANDARD_LIBRARY = "python"
+# Folders without prose, or with other projects' prose, and files that say the same in every package.
+SKIPPED_FOLDERS = frozenset(
+    "tests test testing _testing idle_test benchmarks _vendor vendor vendored third_party externals _pyrepl lib2to3"
+    " encodings ensurepip site-packages dist-packages __pycache__".split()
+)
+SKIPPED_FILES = re.compile(
+    r"licen[cs]e|copying|notice|author|contribut|credits|requirements|entry_points|top_level|sources?\.txt|^test_"
+    r"|installed-files|cmakelists|changes?log|__version__|conftest|security|code_of_conduct",
+    re.I,
+)
+TEXT_SUFFIXES = {".rst", ".md", ".txt"}
+MAX_FILE_BYTES = 3_000_000
+LONG_LITERAL = 400  # characters from which a string handed to a function at module level counts as documentation
+DOCUMENT_CHARS = 6_000  # a long class is cut into documents of about this size, so that none drowns the others
+MIN_DOCUMENT_WORDS = 40
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to read, and the package it belongs to."""
+
+    package: str
+    path: Path
+    size: int
+
+
+def find_files(package: str) -> list[SourceFile]:
+    """The Python and text files of an installed distribution (of the standard library: `STANDARD_LIBRARY`), sorted."""
+    if package == STANDARD_LIBRARY:
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = [root / path for path in sorted(p.relative_to(root) for p in root.rglob("*.py")) if is_wanted(path)]
+    else:
+        distribution = importlib.metadata.distribution(package)
+        listed = sorted(Path(str(path)) for path in distribution.files or [] if is_wanted(Path(str(path))))
+        paths = [Path(str(distribution.locate_file(path))) for path in listed]
+    found = [(path, path.stat().st_size) for path in paths if path.is_file()]
+    return [SourceFile(package, path, size) for path, size in found if size <= MAX_FILE_BYTES]
+
+
+def is_wanted(path: Path) -> bool:
+    """Whether a path inside a package can hold documentation."""
+    if path.name == "METADATA":
+        return True
+    if SKIPPED_FOLDERS.intersection(path.parts) or SKIPPED_FILES.search(path.name):
+        return False
+    if any(part.endswith(".dist-info") or part.endswith(".data") or part == ".." for part in path.parts):
+        return False
+    return path.suffix == ".py" or path.suffix in TEXT_SUFFIXES
+
+
+def read_documents(file: SourceFile) -> list[str]:
+    """The documents of one file: paragraphs joined by blank lines, list items by line ends; [] when it cannot be read."""
+    content = file.path.read_bytes()
+    if file.path.suffix == ".py":
+        if b'"""' not in content and b"'''" not in content:
+            return []
+        units = read_docstrings(content)
+    else:
+        text = content.decode("utf-8", errors="replace")
+        # METADATA is a mail: headers, a blank line, the README.
+        units = iter([[text.partition("\n\n")[2] if file.path.name == "METADATA" else text]])
+    return [document for unit in units for document in compose_documents(unit)]
+
+
+def read_topics() -> list[str]:
+    """The language reference's topics that `help()` shows."""
+    return [document for topic in pydoc_data.topics.topics.values() for document in compose_documents([topic])]
+
+
+def read_docstrings(source: bytes) -> Iterator[list[str]]:
+    """For the module, each top-level class or function and each long literal handed to a call: its texts, in order."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    yield [ast.get_docstring(tree) or ""]
+    for position, node in enumerate(tree.body):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield list(docstrings_of(node))
+        elif position > 0:  # a literal in first place is the module's docstring
+            yield list(long_literals_of(node))
+
+
+def long_literals_of(statement: ast.stmt) -> Iterator[str]:
+    """The documentation in `add_docstring(name, "...")` or `NOTES = "..."` at module level."""
+    if not isinstance(statement, ast.Expr | ast.Assign):
+        return
+    value = statement.value
+    for node in value.args if isinstance(value, ast.Call) else [value]:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= LONG_LITERAL:
+            yield node.value
+
+
+def docstrings_of(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """The docstring of a definition, then those of the definitions inside it."""
+    yield ast.get_docstring(node) or ""
+    for inner in node.body:
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from docstrings_of(inner)
+
+
+def compose_documents(texts: list[str]) -> Iterator[str]:
+    """Clean the texts and join them into documents of about `DOCUMENT_CHARS`; too short ones are dropped."""
+    parts: list[str] = []
+    for paragraph in (paragraph for text in texts for paragraph in clean_markup(text)):
+        follows_item = parts and BULLET.match(paragraph) and BULLET.match(parts[-1])
+        parts.append(("\n" if follows_item else "\n\n" if parts else "") + paragraph)
+        if sum(map(len, parts)) > DOCUMENT_CHARS:
+            yield "".join(parts)
+            parts = []
+    document = "".join(parts)
+    if len(document.split()) >= MIN_DOCUMENT_WORDS:
+        yield document

@@ -1,0 +1,125 @@
+"""How likely does a model find given continuations? Many at once, with logits only where they are needed."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from chatmodel.runtime import UserError
+
+
+class Request(NamedTuple):
+    """A text from its first token on, and the index (at least 1) of the first token to be scored."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+
+class Score(NamedTuple):
+    """Mean nats per scored token (NaN where none is), and whether each of them was the likeliest."""
+
+    mean_loss: float
+    is_greedy: bool
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout, no gradients; the model's mode is restored afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def get_device(model: nn.Module) -> torch.device:
+    """Where the model's weights lie."""
+    return next(model.parameters()).device
+
+
+def get_rank() -> tuple[int, int]:
+    """(rank, world size) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def get_start_token(tokenizer: Any) -> int:
+    """The token that begins every text: BOS, or the end-of-text token where the tokenizer knows no BOS."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise UserError("the tokenizer has neither bos_token nor eos_token; set one in its tokenizer_config.json")
+
+
+def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text after the start token; names of special tokens in a text stay text."""
+    start = get_start_token(tokenizer)
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    return [[start, *ids] for ids in encoded["input_ids"]]
+
+
+def plan_batches(lengths: Sequence[int], *, batch_tokens: int) -> list[list[int]]:
+    """Indices of sequences grouped by length, longest first; padded, a group has at most `batch_tokens` tokens.
+
+    A sequence longer than that is a group of its own.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        if room == 0:
+            batches.append([])
+            room = max(1, batch_tokens // max(1, lengths[index]))
+        batches[-1].append(index)
+        room -= 1
+    return batches
+
+
+def pad_right(sequences: Sequence[Sequence[int]], *, device: torch.device) -> Tensor:
+    """(B, T) ids; padding is id 0, which causal attention never lets an earlier position see."""
+    width = max(len(sequence) for sequence in sequences)
+    rows = [[*sequence, *([0] * (width - len(sequence)))] for sequence in sequences]
+    return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def score_requests(
+    model: nn.Module, requests: Sequence[Request], *, batch_tokens: int, progress: "tqdm[Any] | None" = None
+) -> list[Score]:
+    """The score of each request, in order; equal requests are computed once, so that equal choices tie exactly."""
+    unique = list(dict.fromkeys(requests))
+    scores: dict[Request, Score] = {}
+    with evaluation_mode(model):
+        for batch in plan_batches([len(request.tokens) for request in unique], batch_tokens=batch_tokens):
+            members = [unique[index] for index in batch]
+            scores |= zip(members, _score_batch(model, members), strict=True)
+            if progress is not None:
+                progress.update(len(members))
+    return [scores[request] for request in requests]
+
+
+def _score_batch(model: nn.Module, batch: Sequence[Request]) -> list[Score]:
+    device = get_device(model)
+    input_ids = pad_right([request.tokens for request in batch], device=device)
+    starts = torch.tensor([request.start for request in batch], device=device)[:, None]
+    ends = torch.tensor([len(request.tokens) for request in batch], device=device)[:, None]
+    # Position p predicts token p + 1. The model computes logits for the span that some request needs; each request
+    # then picks its own positions.
+    first = min(request.start for request in batch) - 1
+    positions = torch.arange(first, input_ids.shape[1] - 1, device=device)  # (K,)
+    needed = (positions >= starts - 1) & (positions < ends - 1)  # (B, K)
+    # logits_to_keep is the one public way to the head's own logits (soft cap, scale and all) at chosen positions.
+    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits[needed].float()  # (N, V)
+    targets = input_ids[:, first + 1 :][needed]
+    losses = F.cross_entropy(logits, targets, reduction="none").cpu()
+    hits = (logits.argmax(dim=-1) == targets).cpu()
+    counts = needed.sum(dim=1).tolist()
+    return [
+        Score(loss.mean().item() if len(loss) else math.nan, bool(hit.all()))
+        for loss, hit in zip(torch.split(losses, counts), torch.split(hits, counts), strict=True)
+    ]

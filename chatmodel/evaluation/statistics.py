@@ -1,0 +1,31 @@
+"""How far above chance is a score, and how much of it could be noise?"""
+
+import math
+from collections.abc import Sequence
+
+
+def center_accuracy(accuracy: float, baseline: float) -> float:
+    """Accuracy on a scale where 0 is chance (`baseline`, a fraction) and 1 is perfect; below chance is negative."""
+    return (accuracy - baseline) / (1.0 - baseline)
+
+
+def binomial_stderr(accuracy: float, n: int) -> float:
+    """Standard error of a share of right answers among `n` independent ones."""
+    return math.sqrt(accuracy * (1.0 - accuracy) / n)
+
+
+def mean_stderr(stderrs: Sequence[float]) -> float:
+    """Standard error of the plain mean of independent numbers with these standard errors."""
+    return math.sqrt(sum(stderr**2 for stderr in stderrs)) / len(stderrs)
+
+
+def summarize_task(right: Sequence[bool], *, baseline: float, seconds: float) -> dict[str, float | int]:
+    """What results keep of one task; `stderr` is that of the centered accuracy."""
+    accuracy = sum(right) / len(right)
+    return {
+        "accuracy": accuracy,
+        "centered": center_accuracy(accuracy, baseline),
+        "stderr": binomial_stderr(accuracy, len(right)) / (1.0 - baseline),
+        "n": len(right),
+        "seconds": round(seconds, 3),
+    }

@@ -1,0 +1,156 @@
+"""How a model answers: batches of prompts at once, or one reply streamed piece by piece."""
+
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, TextIteratorStreamer
+
+from chatmodel.conversations.render import render_prompt
+from chatmodel.runtime import UserError
+
+
+def build_generation_config(
+    tokenizer: Any, *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None
+) -> GenerationConfig:
+    """Sampling settings; temperature 0 is greedy. A reply ends with `<|assistant_end|>` or a new `<|bos|>`.
+
+    Raises:
+        UserError: a value no reply can be drawn with.
+    """
+    if temperature < 0:
+        raise UserError(f"temperature={temperature} must be 0 (greedy) or more")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k={top_k} must be at least 1; leave it out to sample from all tokens")
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+        **(sampling or {"do_sample": False}),
+    )
+
+
+def check_prompt_length(model: Any, length: int, max_new_tokens: int) -> None:
+    """Refuse a prompt that leaves no room for an answer in the model's context.
+
+    Raises:
+        UserError: `length` prompt tokens and one new token exceed `max_position_embeddings`.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length >= context:
+        raise UserError(
+            f"the prompt has {length} tokens, but the model's context holds {context}, the answer included; shorten "
+            "the conversation or start a new one"
+        )
+
+
+@torch.inference_mode()
+def generate_replies(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    num_samples: int = 1,
+    batch_size: int = 16,
+    seed: int | None = None,
+    progress: str | None = None,
+) -> list[list[list[int]]]:
+    """`num_samples` replies to each prompt, as new token ids without the end token.
+
+    Prompts of similar length are generated together, padded on the left; the order of the result is the prompts'.
+
+    Args:
+        seed: makes sampling repeatable, whatever was drawn before.
+        progress: a label for a progress bar.
+    """
+    settings = build_generation_config(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    check_prompt_length(model, longest, max_new_tokens)
+    if seed is not None:
+        torch.manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    replies: list[list[list[int]]] = [[] for _ in prompts]
+    rows = [index for index in order for _ in range(num_samples)]
+    bar = tqdm(total=len(rows), desc=progress, unit="reply", disable=progress is None)
+    for begin in range(0, len(rows), batch_size):
+        members = rows[begin : begin + batch_size]
+        for index, reply in zip(members, _generate_batch(model, [prompts[i] for i in members], settings), strict=True):
+            replies[index].append(reply)
+        bar.update(len(members))
+    bar.close()
+    model.train(was_training)
+    return replies
+
+
+def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+    width = max(len(prompt) for prompt in prompts)
+    pad = settings.pad_token_id
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
+    return [cut_at_end(row, settings.eos_token_id) for row in output[:, width:].tolist()]
+
+
+def cut_at_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """The ids before the first end token."""
+    for position, token_id in enumerate(ids):
+        if token_id in end_ids:
+            return ids[:position]
+    return ids
+
+
+def stream_reply(
+    model: Any,
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+) -> Iterator[str]:
+    """The reply to a conversation as pieces of text, as they are generated; calculator calls stay visible as marks.
+
+    Raises:
+        UserError: the conversation does not fit the model's context.
+    """
+    prompt = render_prompt(tokenizer, messages)
+    check_prompt_length(model, len(prompt), max_new_tokens)
+    settings = build_generation_config(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=False)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            input_ids = torch.tensor([prompt], device=model.device)
+            model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=settings,
+                streamer=streamer,
+            )
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    ends = {tokenizer.convert_ids_to_tokens(token_id) for token_id in settings.eos_token_id}
+    for piece in streamer:
+        for end in ends:
+            piece = piece.replace(end, "")
+        if piece:
+            yield piece
+    thread.join()
+    if failures:
+        raise failures[0]

@@ -1,0 +1,178 @@
+"""What a run folder holds, which of its stages are finished, and whether they still fit together."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from chatmodel.runtime import UserError, describe_environment, logger, read_json, requested_settings, write_json
+
+# Each stage, in order, with the stage whose artefacts it reads.
+STAGE_INPUTS: dict[str, tuple[str, ...]] = {
+    "tokenizer": (),
+    "base": ("tokenizer",),
+    "base_eval": ("base",),
+    "mid": ("base",),
+    "mid_eval": ("mid",),
+    "sft": ("mid",),
+    "sft_eval": ("sft",),
+    "rl": ("sft",),
+    "rl_eval": ("rl",),
+}
+
+# Where the run lies and how it is watched change no result, so changing them is no changed setting.
+NEUTRAL_SETTINGS = frozenset({"run_dir", "tracker", "report_to", "logging_steps", "log_every", "overwrite"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: `tokenizer/ base/ mid/ sft/ rl/` (complete model folders), `data/`, `results/*.json`, `report.*`."""
+
+    run_dir: Path
+
+    def folder(self, name: str) -> Path:
+        """Where a stage's artefacts lie, e.g. `folder("sft")`."""
+        return Path(self.run_dir) / name
+
+    def result_path(self, stage: str) -> Path:
+        """The JSON file that says a stage is finished."""
+        return self.folder("results") / f"{stage}.json"
+
+    def read_result(self, stage: str) -> dict[str, Any] | None:
+        """The result of a finished stage, or None."""
+        path = self.result_path(stage)
+        return read_json(path) if path.exists() else None
+
+    def begin(
+        self, stage: str, *, inputs: Sequence[str] | None = None, settings: dict[str, Any] | None = None
+    ) -> "Stage | None":
+        """Open a stage for work; None when it is already finished with these settings.
+
+        Args:
+            inputs: stages whose artefacts this one reads, by default those of `STAGE_INPUTS`; they must be finished.
+            settings: what was asked for; by default read from the command line and its `--config` file.
+
+        Raises:
+            UserError: an input is not finished, or the stage was made or begun with other settings or inputs.
+        """
+        opened = self._open(stage, inputs, requested_settings(sys.argv[1:]) if settings is None else settings)
+        if self._is_finished(opened):
+            logger.info("%s: already finished in %s, nothing to do", stage, self.run_dir)
+            return None
+        if opened.marker.exists():
+            self._refuse_change(opened, read_json(opened.marker), "was begun")
+        else:
+            write_json(opened.marker, {"settings": opened.settings, "inputs": opened.inputs, "started": _now()})
+        opened.started = read_json(opened.marker)["started"]
+        return opened
+
+    def is_finished(self, stage: str, *, settings: dict[str, Any]) -> bool:
+        """Whether a stage is finished with these settings; raises as `begin` does."""
+        return self.result_path(stage).exists() and self._is_finished(self._open(stage, None, settings))
+
+    def _open(self, stage: str, inputs: Sequence[str] | None, settings: dict[str, Any]) -> "Stage":
+        asked = {key: value for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
+        needed = STAGE_INPUTS[stage] if inputs is None else inputs
+        return Stage(self, stage, asked, {name: self._finished_id(name, needed_by=stage) for name in needed})
+
+    def _is_finished(self, stage: "Stage") -> bool:
+        if not self.result_path(stage.name).exists():
+            return False
+        self._refuse_change(stage, read_json(self.result_path(stage.name)), "was made")
+        return True
+
+    def _finished_id(self, stage: str, *, needed_by: str) -> str:
+        result = self.read_result(stage)
+        if result is None:
+            raise UserError(
+                f"stage {needed_by} needs stage {stage}, which is not finished in {self.run_dir}; run {stage} first"
+            )
+        return str(result["id"])
+
+    def _refuse_change(self, stage: "Stage", earlier: dict[str, Any], happened: str) -> None:
+        results = self.folder("results") / stage.name
+        mend = f"choose another --run_dir, or delete {results}.* and {stage.folder} to do it again"
+        if earlier["settings"] != stage.settings:
+            keys = sorted(earlier["settings"].keys() | stage.settings.keys())
+            changed = [
+                f"{key}={earlier['settings'].get(key, 'unset')}, now {stage.settings.get(key, 'unset')}"
+                for key in keys
+                if earlier["settings"].get(key) != stage.settings.get(key)
+            ]
+            raise UserError(f"stage {stage.name} in {self.run_dir} {happened} with {'; '.join(changed)}: {mend}")
+        if earlier["inputs"] != stage.inputs:
+            changed = [key for key, value in stage.inputs.items() if earlier["inputs"].get(key) != value]
+            raise UserError(
+                f"stage {stage.name} in {self.run_dir} {happened} from another {', '.join(changed)}: {mend}"
+            )
+
+
+@dataclass
+class Stage:
+    """A stage at work: its name, what was asked for, and the ids of what it builds on."""
+
+    run: Run
+    name: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    started: str = field(default_factory=lambda: _now())
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage puts its artefacts."""
+        return self.run.folder(self.name)
+
+    @property
+    def marker(self) -> Path:
+        """The file that says the stage was begun, and with which settings."""
+        return self.run.folder("results") / f"{self.name}.begun"
+
+    @property
+    def id(self) -> str:
+        """A short hash of the settings, of everything upstream and of this making: a stage done anew gets a new id."""
+        content = json.dumps([self.name, self.settings, self.inputs, self.started], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write `results/<stage>.json`; `seconds` counts from the first beginning, interruptions included."""
+        finished = _now()
+        seconds = (datetime.fromisoformat(finished) - datetime.fromisoformat(self.started)).total_seconds()
+        write_json(
+            self.run.result_path(self.name),
+            {
+                "stage": self.name,
+                "id": self.id,
+                "command": " ".join(["python", *sys.argv]),
+                "settings": self.settings,
+                "inputs": self.inputs,
+                "started": self.started,
+                "finished": finished,
+                "seconds": seconds,
+                "environment": describe_environment(),
+                "metrics": metrics,
+            },
+        )
+        self.marker.unlink(missing_ok=True)
+        logger.info("%s: finished in %.0f s, see %s", self.name, seconds, self.run.result_path(self.name))
+
+
+def publish_folder(made: Path, target: Path) -> None:
+    """Put a finished folder in its place; the one that was there is only removed once the new one is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        made.rename(target)
+        shutil.rmtree(old)
+    else:
+        made.rename(target)
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")

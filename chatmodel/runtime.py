@@ -1,0 +1,199 @@
+"""What every entry point needs around its work: arguments, clear errors, JSON files, facts about the machine."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import torch
+import yaml
+from trl import TrlParser
+
+logger = logging.getLogger("chatmodel")
+
+REPORTED_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "trl",
+    "peft",
+    "lm_eval",
+    "evaluate",
+)
+
+
+class UserError(ValueError):
+    """A mistake the user can mend; its text is one sentence that says what is wrong and how to mend it."""
+
+
+def entry_point(main: Callable[[], None]) -> None:
+    """Run a recipe's `main`: log to stderr, and turn a `UserError` into one sentence and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """End the process with the error's sentence on stderr and exit code 2."""
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(2)
+
+
+def parse_arguments(*dataclasses: Any) -> tuple[Any, ...]:
+    """One filled instance per dataclass: defaults < `--config` YAML < command line.
+
+    Raises:
+        UserError: the YAML file is missing, no mapping, or holds a key that no dataclass has.
+    """
+    parser = TrlParser(dataclasses, allow_abbrev=False)
+    try:
+        return tuple(parser.parse_args_and_config())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"config file {error.filename} does not exist; --config takes the path of a YAML file"
+        ) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the config file is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"the configuration cannot be used: {' '.join(str(error).split())}") from None
+
+
+def requested_settings(arguments: list[str]) -> dict[str, Any]:
+    """What was asked for on a command line: the `--config` file's keys, overridden by the flags.
+
+    Cheap on purpose (no dataclass, no trainer import), so that a finished stage can be recognised in a moment.
+    """
+    settings: dict[str, Any] = {}
+    flags: dict[str, Any] = {}
+    position = 0
+    while position < len(arguments):
+        name, has_equals, value = arguments[position].removeprefix("--").partition("=")
+        position += 1
+        values = [value] if has_equals else []
+        while not has_equals and position < len(arguments) and not arguments[position].startswith("--"):
+            values.append(arguments[position])
+            position += 1
+        flags[name.replace("-", "_")] = [yaml.safe_load(v) for v in values]
+    for path in flags.pop("config", []):
+        try:
+            settings |= yaml.safe_load(Path(path).read_text()) or {}
+        except OSError:
+            raise UserError(f"config file {path} does not exist; give --config a YAML file") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    for name, values in flags.items():
+        settings[name] = True if not values else values[0] if len(values) == 1 else values
+    return settings
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` beside `path` and rename it, so that a killed process never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    # NamedTemporaryFile makes files private to their owner; results are meant to be read by others.
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def read_json(path: Path) -> Any:
+    """The value stored in a JSON file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run the stage that writes it first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
+
+
+def choose_device() -> torch.device:
+    """The best device of this process: CUDA (its local rank), then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of the CUDA device, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        return int(psutil.Process().memory_info().rss)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_environment() -> dict[str, Any]:
+    """Facts for the report: code version, hardware, software."""
+    return {"git": describe_git(), "hardware": describe_hardware(), "software": describe_software()}
+
+
+def describe_git() -> dict[str, Any]:
+    """Branch, commit, first line of its message, and whether files differ from it; empty outside a checkout."""
+
+    def ask(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    commit = ask("rev-parse", "--short", "HEAD")
+    if commit is None:
+        return {}
+    return {
+        "branch": ask("rev-parse", "--abbrev-ref", "HEAD"),
+        "commit": commit,
+        "message": ask("log", "-1", "--format=%s"),
+        "dirty": bool(ask("status", "--porcelain")),
+    }
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Platform, cores, memory and accelerators of this machine."""
+    facts: dict[str, Any] = {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": psutil.cpu_count(logical=False),
+        "cpu_threads": psutil.cpu_count(logical=True),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [],
+    }
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        facts["gpus"].append({"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)})
+    if torch.backends.mps.is_available():
+        facts["gpus"].append({"name": "Apple MPS", "memory_gib": facts["memory_gib"]})
+    return facts
+
+
+def describe_software() -> dict[str, Any]:
+    """Versions of Python, CUDA and the packages a result depends on."""
+    versions: dict[str, Any] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in REPORTED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions

@@ -1,0 +1,95 @@
+"""Run the whole pipeline, from text to report, continuing with the first stage that is not finished."""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from chatmodel.runs import Run
+from chatmodel.runtime import UserError, entry_point, read_json, requested_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# stage, recipe, config file, flags of its own
+STAGES = (
+    ("tokenizer", "train_tokenizer.py", "tokenizer.yaml", ()),
+    ("base", "pretrain.py", "pretrain.yaml", ()),
+    ("base_eval", "eval.py", "eval.yaml", ("--stage", "base")),
+    ("mid", "sft.py", "midtrain.yaml", ("--stage", "mid")),
+    ("mid_eval", "eval.py", "eval.yaml", ("--stage", "mid")),
+    ("sft", "sft.py", "sft.yaml", ("--stage", "sft")),
+    ("sft_eval", "eval.py", "eval.yaml", ("--stage", "sft")),
+    ("rl", "grpo.py", "grpo.yaml", ()),
+    ("rl_eval", "eval.py", "eval.yaml", ("--stage", "rl")),
+)
+TRAINING_STAGES = ("base", "mid", "sft", "rl")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--preset", default="cpu", help="a folder of recipes/configs, e.g. cpu or h200")
+    parser.add_argument("--run_dir", type=Path, help="the run folder; by default runs/<preset>")
+    parser.add_argument("--dataset", help="text: a Hub name, a folder, or 'embedded'; by default the preset's")
+    parser.add_argument("--eval_bundle", type=Path, help="CORE bundle, zip or folder")
+    parser.add_argument("--chatcore", type=Path, help="folder of ChatCORE's data sets; by default the Hub's")
+    parser.add_argument("--max_per_task", type=int, help="examples of each CORE and ChatCORE task")
+    parser.add_argument("--accelerate_config", type=Path, help="launch training stages with this Accelerate file")
+    parser.add_argument("--hourly_rate", type=float, help="price of the machine in USD, for the report")
+    return parser.parse_args()
+
+
+def build_command(stage: tuple[str, str, str, tuple[str, ...]], args: argparse.Namespace, run: Run) -> list[str]:
+    name, recipe, config, flags = stage
+    command = [str(ROOT / "recipes" / recipe), "--config", str(ROOT / "recipes" / "configs" / args.preset / config)]
+    command += ["--run_dir", str(run.run_dir), *flags]
+    if args.dataset and name in ("tokenizer", "base"):
+        command += ["--dataset", args.dataset]
+    if name.endswith("_eval"):
+        for option in ("eval_bundle", "chatcore", "max_per_task"):
+            if getattr(args, option) is not None:
+                command += [f"--{option}", str(getattr(args, option))]
+    return command
+
+
+def launch(name: str, command: list[str], accelerate_config: Path | None) -> None:
+    start = [sys.executable]
+    if accelerate_config is not None and name in TRAINING_STAGES:
+        start += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(accelerate_config)]
+    code = subprocess.run([*start, *command], cwd=ROOT, check=False).returncode
+    if code:
+        raise UserError(f"stage {name} ended with exit code {code}; mend what it says above and start again")
+
+
+def show_conversation(run: Run) -> None:
+    for stage in ("rl_eval", "sft_eval"):
+        result = run.read_result(stage)
+        samples = result["metrics"].get("samples") if result else None
+        if samples:
+            for message in samples[0]["messages"]:
+                print(f"{message['role']}: {message['content']}")
+            return
+
+
+def main() -> None:
+    args = read_arguments()
+    if not (ROOT / "recipes" / "configs" / args.preset).is_dir():
+        raise UserError(f"preset {args.preset!r} is no folder of recipes/configs")
+    run = Run((args.run_dir or Path("runs") / args.preset).resolve())
+    began = time.monotonic()
+    for number, stage in enumerate(STAGES, start=1):
+        name, command = stage[0], build_command(stage, args, run)
+        if run.is_finished(name, settings=requested_settings(command[1:])):
+            print(f"[{number}/{len(STAGES)}] {name}: finished before")
+            continue
+        print(f"[{number}/{len(STAGES)}] {name}", flush=True)
+        launch(name, command, args.accelerate_config)
+        seconds = read_json(run.result_path(name))["seconds"]
+        print(f"[{number}/{len(STAGES)}] {name}: {seconds:.0f} s, {(time.monotonic() - began) / 60:.1f} min in all")
+    report = [str(ROOT / "recipes" / "report.py"), "--run_dir", str(run.run_dir)]
+    launch("report", report + (["--hourly_rate", str(args.hourly_rate)] if args.hourly_rate else []), None)
+    show_conversation(run)
+
+
+if __name__ == "__main__":
+    entry_point(main)
