@@ -150,8 +150,8 @@ def plan_run(
     steps = max_steps or tokens // batch
     if steps < 1:
         raise UserError(
-            f"{tokens} training tokens make less than one step of total_batch_tokens={batch}; raise "
-            "tokens_per_parameter or lower total_batch_tokens"
+            f"{tokens} training tokens make less than one step of total_batch_tokens={batch}; raise train_tokens (or "
+            "tokens_per_parameter) or lower total_batch_tokens"
         )
     tokens = steps * batch
     width = config.hidden_size

@@ -1,9 +1,9 @@
 """The report of runs that are incomplete, damaged or full of awkward text."""
 
+import importlib.util
 import json
 import random
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree
 from html.parser import HTMLParser
@@ -16,11 +16,12 @@ from test_report_seed import seed_records, write_run
 from chatmodel.report import render_report
 from chatmodel.report.as_html import write_html
 from chatmodel.report.as_markdown import write_markdown
+from chatmodel.report.code_size import find_repository
 from chatmodel.report.document import Document, Facts, NotRun, Section, Table, Transcript
 from chatmodel.report.render import build_document
 from chatmodel.report.results import load_results
-from chatmodel.runs import STAGES, Run
-from chatmodel.runtime import UserError, write_json
+from chatmodel.runs import STAGE_INPUTS, Run
+from chatmodel.runtime import UserError, entry_point, write_json
 
 VOID = {"meta", "img", "br"}
 NASTY = (
@@ -161,9 +162,7 @@ def test_only_the_tokenizer_is_finished(tmp_path):
     write_json(run.folder("results") / "base.begun", {"settings": {}})
     text = render_report(run)[0].read_text()
     assert "vocab_size: 65,536" in text
-    assert (
-        "not run: stage base was begun and is not finished. To get it: `accelerate launch recipes/pretrain.py" in text
-    )
+    assert "not run: stage base was begun and is not finished. To get it: `python recipes/pretrain.py" in text
     assert text.count("not run: the stage was not started. To get it: `") == 8  # loss and evaluation share base_eval
     assert f"--run_dir {tmp_path}`" in text
     assert "| CORE | - | - | - | - |" in text
@@ -239,7 +238,7 @@ def spoil(value, draw: random.Random):
 def test_no_odd_or_missing_value_stops_the_report(tmp_path):
     (tmp_path / "pyproject.toml").write_text("[project]\ndependencies = []\n")
     written = []
-    for seed in range(150):
+    for seed in range(60):
         draw = random.Random(seed)
         records = {}
         for stage, record in seed_records().items():
@@ -253,7 +252,7 @@ def test_no_odd_or_missing_value_stops_the_report(tmp_path):
 
 
 def test_stage_without_any_numbers_is_reported_as_not_recorded(tmp_path):
-    text = render_report(write_run(tmp_path, {stage: {} for stage in STAGES}))[0].read_text()
+    text = render_report(write_run(tmp_path, {stage: {} for stage in STAGE_INPUTS}))[0].read_text()
     assert "Number of parameters: not recorded" in text
     assert "val bpb: not recorded" in text
     assert "not run" not in text
@@ -278,19 +277,38 @@ def test_negative_rate_is_refused(tmp_path):
         render_report(write_run(tmp_path, seed_records()), hourly_rate=-1.0)
 
 
-def test_recipe_writes_both_files_and_names_them(tmp_path):
+def load_recipe():
+    path = Path(__file__).parents[1] / "recipes" / "report.py"
+    spec = importlib.util.spec_from_file_location("report_recipe", path)
+    recipe = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules["report_recipe"] = recipe
+    spec.loader.exec_module(recipe)
+    return recipe
+
+
+def test_recipe_writes_both_files_and_names_them(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path, seed_records())
-    recipe = Path(__file__).parents[1] / "recipes" / "report.py"
-    command = [sys.executable, str(recipe), "--run_dir", str(tmp_path), "--hourly_rate", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str(run.folder("report.md")), str(run.folder("report.html"))]
+    monkeypatch.setattr(sys, "argv", ["report.py", "--run_dir", str(tmp_path), "--hourly_rate", "3"])
+    load_recipe().main()
+    assert capsys.readouterr().out.splitlines() == [str(run.folder("report.md")), str(run.folder("report.html"))]
     assert r"\$3.00 / hour" in run.folder("report.md").read_text()
 
 
-def test_recipe_without_results_exits_with_2(tmp_path):
-    recipe = Path(__file__).parents[1] / "recipes" / "report.py"
-    done = subprocess.run(
-        [sys.executable, str(recipe), "--run_dir", str(tmp_path / "typo")], capture_output=True, text=True, check=False
+def test_recipe_without_results_exits_with_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--run_dir", str(tmp_path / "typo")])
+    with pytest.raises(SystemExit, match="2"):
+        entry_point(load_recipe().main)
+    assert capsys.readouterr().err.startswith("error: there is nothing to report: ")
+
+
+def test_commands_name_the_preset_of_the_finished_stages(tmp_path):
+    root = find_repository()
+    records = {"tokenizer": seed_records()["tokenizer"]}
+    made_by = f"{root}/recipes/train_tokenizer.py --config {root}/recipes/configs/h200/tokenizer.yaml"
+    records["tokenizer"]["command"] = f"python {made_by}"
+    text = render_report(write_run(tmp_path, records))[0].read_text()
+    assert "made by `python recipes/train_tokenizer.py --config recipes/configs/h200/tokenizer.yaml`" in text
+    assert (
+        f"`python recipes/sft.py --config recipes/configs/h200/midtrain.yaml --run_dir {tmp_path} --stage mid`" in text
     )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: there is nothing to report: ")

@@ -185,7 +185,7 @@ def read_all(files: list[SourceFile]) -> Iterator[list[str]]:
 
 
 def select_documents(documents: list[Document]) -> list[Document]:
-    """Without near-duplicates (validation loses what training says too), in an order that depends on the texts only."""
+    """Without near-duplicates (validation loses what training says too), in an order given by the texts alone."""
     documents = sorted(documents, key=lambda document: document.split)
     texts = remove_near_duplicates([document.text for document in documents], min_words=MIN_DOCUMENT_WORDS)
     kept = [Document(text, d.source, d.split) for text, d in zip(texts, documents, strict=True) if text is not None]

@@ -57,10 +57,13 @@ INLINE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 FUNCTION_WORDS = frozenset(
-    "a an and are as at be been but by can could do does each for from had has have how i if in into is it its may more"
-    " most no not of on one only or other our should so some such than that the their them then there these they this"
-    " those to two up use used uses using was we were what when where whether which will with without would you your"
-    " between all any both if because before after about also must".split()
+    re.findall(
+        r"\w+",
+        "a about after all also an and any are as at be because been before between both but by can could do does each"
+        " for from had has have how i if in into is it its may more most must no not of on one only or other our"
+        " should so some such than that the their them then there these they this those to two up use used uses using"
+        " was we were what when where whether which will with without would you your",
+    )
 )
 
 
@@ -103,7 +106,7 @@ def drop_blocks(lines: list[str]) -> list[str]:
     return kept
 
 
-# A block takes (lines, position) and answers None when its block does not begin there, else (lines instead, position after).
+# What a block answers where it begins: (the lines to keep instead, the position after it). Elsewhere it answers None.
 Replaced = tuple[list[str], int]
 
 
@@ -145,9 +148,8 @@ def drop_directive(lines: list[str], position: int) -> Replaced | None:
     directive = DIRECTIVE.match(line) or BARE_DIRECTIVE.match(line)
     if not directive:
         return None
-    name, argument = (directive[1], directive[2]) if directive.re is DIRECTIVE else (None, None)
-    if name in ADMONITIONS:
-        return ["", argument], position + 1
+    if directive.re is DIRECTIVE and directive[1] in ADMONITIONS:
+        return ["", str(directive[2])], position + 1
     return [""], skip_indented(lines, position + 1, indent_of(line))
 
 

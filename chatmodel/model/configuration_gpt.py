@@ -96,7 +96,7 @@ class GPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_shapes(self) -> None:
-        """Refuse sizes that do not fit together, whatever way the configuration was made."""
+        """Refuse sizes that do not fit together (`@strict` calls every `validate_` method of a new configuration)."""
         if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is no multiple of "

@@ -44,13 +44,13 @@ def format_flops(value: Any) -> str:
 
 
 def format_duration(seconds: Any) -> str:
-    """`12.3 s`, `4.5 min` or `3 h 15 min`."""
+    """`12.3 s`, `4.5 min` or `3 h 15 min`; never rounded up into the next unit."""
     if not is_number(seconds) or not math.isfinite(seconds):
         return format_value(seconds)
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    if seconds < 59.95 * 60:
-        return f"{seconds / 60:.1f} min"
+    if seconds < 60:
+        return f"{min(seconds, 59.9):.1f} s"
+    if seconds < 3600:
+        return f"{min(seconds / 60, 59.9):.1f} min"
     hours, minutes = divmod(int(seconds // 60), 60)
     return f"{hours:,} h {minutes} min"
 

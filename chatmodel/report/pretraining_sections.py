@@ -33,7 +33,9 @@ from chatmodel.report.stage_sections import (
     thin_records,
 )
 from chatmodel.report.tables import build_sample_table, build_task_table, format_measured, list_not_run
+from chatmodel.runs import STAGE_INPUTS
 
+NO_ESTIMATE = "not recorded (no CORE bundle, or no step at which it is estimated)"
 BASELINES = {"GPT-2": "gpt2", "GPT-4": "gpt4"}
 
 
@@ -119,6 +121,8 @@ def _describe_base(result: StageResult) -> list[Block]:
     metrics = result.metrics
     evaluations = pick_records(metrics, "evaluations")
     estimates = [value for record in evaluations if (value := pick_number(record, "core")) is not None]
+    if (last := pick_number(metrics, "core_estimate")) is not None:
+        estimates.append(last)
     parameters, tokens = pick_number(metrics, "parameters"), pick_number(metrics, "train_tokens")
     rows = [
         ("Number of parameters", format_count(metrics.get("parameters"))),
@@ -130,7 +134,7 @@ def _describe_base(result: StageResult) -> list[Block]:
         ("Device", format_value(metrics.get("device"))),
         ("Minimum validation bpb", format_decimal(metrics.get("val_bpb_min"))),
         ("Final validation bpb", format_decimal(metrics.get("val_bpb_final"))),
-        ("CORE metric estimate", format_decimal(estimates[-1] if estimates else None)),
+        ("CORE metric estimate", format_decimal(estimates[-1]) if estimates else NO_ESTIMATE),
         ("MFU", format_percent(metrics.get("mfu"))),
         ("Tokens per second", format_count_rounded(metrics.get("tokens_per_second"))),
         ("Total training FLOPs", format_flops(metrics.get("total_flops"))),
@@ -141,7 +145,17 @@ def _describe_base(result: StageResult) -> list[Block]:
     blocks: list[Block] = [Facts(rows), Facts(plan or [("plan", "not recorded")], "Plan")]
     if evaluations:
         blocks.append(_list_evaluations(evaluations))
-    shown = {"plan", "parameters", "flops_per_token", "steps", "train_tokens", "world_size", "device", "val_bpb_min"}
+    shown = {
+        "plan",
+        "core_estimate",
+        "parameters",
+        "flops_per_token",
+        "steps",
+        "train_tokens",
+        "world_size",
+        "device",
+        "val_bpb_min",
+    }
     shown |= {"val_bpb_final", "mfu", "tokens_per_second", "total_flops", "train_seconds", "peak_memory_bytes"}
     return [*blocks, *list_others(metrics, shown | {"history", "evaluations", "samples"})]
 
@@ -151,7 +165,7 @@ def _list_evaluations(evaluations: list[dict[str, Any]]) -> Table:
         (
             format_count(record.get("step")),
             format_decimal(record.get("val_bpb")),
-            format_decimal(record["core"]) if "core" in record else "-",
+            format_decimal(record["core"]) if pick_number(record, "core") is not None else "-",
         )
         for record in thin_records(evaluations)
     ]
@@ -218,7 +232,7 @@ def _describe_core(result: StageResult) -> list[Block]:
     return [*blocks, Paragraph(note), *others]
 
 
-def build_other_results(results: dict[str, StageResult], stages: tuple[str, ...]) -> list[Section]:
+def build_other_results(results: dict[str, StageResult]) -> list[Section]:
     """Result files of no stage of the pipeline, as they are."""
     return [
         Section(
@@ -226,5 +240,5 @@ def build_other_results(results: dict[str, StageResult], stages: tuple[str, ...]
             [describe_source(result), Facts(list(flatten_values(result.metrics))), *list_settings(result)],
         )
         for name, result in results.items()
-        if name not in stages
+        if name not in STAGE_INPUTS
     ]

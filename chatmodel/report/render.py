@@ -21,7 +21,7 @@ from chatmodel.report.pretraining_sections import (
 )
 from chatmodel.report.results import StageResult, load_results
 from chatmodel.report.run_sections import build_code_size, build_environment, build_summary, describe_code
-from chatmodel.runs import STAGES, Run
+from chatmodel.runs import Run
 from chatmodel.runtime import UserError
 
 logger = logging.getLogger("chatmodel")
@@ -78,7 +78,7 @@ def build_document(
         build_chat_evaluation(results, "sft"),
         build_rl(results),
         build_chat_evaluation(results, "rl"),
-        *build_other_results(results, STAGES),
+        *build_other_results(results),
     ]
     run_dir = next(iter(results.values())).run_dir
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")

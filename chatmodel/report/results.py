@@ -1,27 +1,30 @@
 """What a run recorded: `results/*.json`, read so that a missing key is None and never a crash."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from chatmodel.report.code_size import find_repository
 from chatmodel.report.document import NotRun, Series
 from chatmodel.report.formats import format_named, is_number
-from chatmodel.runs import STAGES, Run
+from chatmodel.runs import STAGE_INPUTS, Run
 from chatmodel.runtime import UserError
 
-# Results name the model they belong to; these are the commands that make them.
+# What makes each stage: recipe, config file of a preset, flags.
 STAGE_COMMANDS = {
-    "tokenizer": "python recipes/train_tokenizer.py --config recipes/configs/cpu/tokenizer.yaml",
-    "base": "accelerate launch recipes/pretrain.py --config recipes/configs/cpu/pretrain.yaml",
-    "base_eval": "accelerate launch recipes/eval.py --config recipes/configs/cpu/base_eval.yaml",
-    "mid": "accelerate launch recipes/midtrain.py --config recipes/configs/cpu/midtrain.yaml",
-    "mid_eval": "accelerate launch recipes/eval.py --config recipes/configs/cpu/mid_eval.yaml",
-    "sft": "accelerate launch recipes/sft.py --config recipes/configs/cpu/sft.yaml",
-    "sft_eval": "accelerate launch recipes/eval.py --config recipes/configs/cpu/sft_eval.yaml",
-    "rl": "accelerate launch recipes/grpo.py --config recipes/configs/cpu/grpo.yaml",
-    "rl_eval": "accelerate launch recipes/eval.py --config recipes/configs/cpu/rl_eval.yaml",
+    "tokenizer": ("train_tokenizer.py", "tokenizer.yaml", ""),
+    "base": ("pretrain.py", "pretrain.yaml", ""),
+    "base_eval": ("eval.py", "eval.yaml", " --stage base"),
+    "mid": ("sft.py", "midtrain.yaml", " --stage mid"),
+    "mid_eval": ("eval.py", "eval.yaml", " --stage mid"),
+    "sft": ("sft.py", "sft.yaml", " --stage sft"),
+    "sft_eval": ("eval.py", "eval.yaml", " --stage sft"),
+    "rl": ("grpo.py", "grpo.yaml", ""),
+    "rl_eval": ("eval.py", "eval.yaml", " --stage rl"),
 }
+DEFAULT_PRESET = "cpu"
 
 
 def pick(value: Any, *keys: str) -> Any:
@@ -74,7 +77,20 @@ def flatten_values(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         yield prefix, f"{len(value):,} records"
     else:
-        yield prefix, format_named(prefix, value)
+        yield prefix, "none" if value in ([], {}) else format_named(prefix, value)
+
+
+def shorten_paths(text: str) -> str:
+    """Text without the path of the repository, so that it reads (and runs) from there."""
+    return text.replace(f"{find_repository()}/", "")
+
+
+def guess_preset(records: Iterable[Any]) -> str:
+    """The folder of `recipes/configs` that the finished stages were configured from."""
+    for record in records:
+        if found := re.search(r"recipes/configs/([\w-]+)/", str(pick(record, "command"))):
+            return found.group(1)
+    return DEFAULT_PRESET
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,7 @@ class StageResult:
     record: dict[str, Any] | None
     begun: bool
     run_dir: str
+    preset: str = DEFAULT_PRESET
 
     @property
     def file(self) -> str:
@@ -100,7 +117,18 @@ class StageResult:
     @property
     def how(self) -> str:
         """The command that finishes this stage."""
-        return f"{STAGE_COMMANDS.get(self.stage, 'make speedrun')} --run_dir {self.run_dir}"
+        if self.stage not in STAGE_COMMANDS:
+            return f"python scripts/speedrun.py --preset {self.preset} --run_dir {self.run_dir}"
+        recipe, config, flags = STAGE_COMMANDS[self.stage]
+        return (
+            f"python recipes/{recipe} --config recipes/configs/{self.preset}/{config} --run_dir {self.run_dir}{flags}"
+        )
+
+    @property
+    def command(self) -> str | None:
+        """The command that made the result, with paths from the repository on."""
+        found = pick(self.record, "command")
+        return shorten_paths(found) if isinstance(found, str) and found.strip() else None
 
     @property
     def missing(self) -> NotRun | None:
@@ -124,12 +152,14 @@ def load_results(run: Run) -> dict[str, StageResult]:
             f"there is nothing to report: {folder} holds no finished stage; "
             "give the --run_dir of a run, or start one with: make speedrun"
         )
+    stages = (*STAGE_INPUTS, *(name for name in found if name not in STAGE_INPUTS))
+    records = {stage: run.read_result(stage) for stage in stages}
+    preset, run_dir = guess_preset(records.values()), shorten_paths(str(run.run_dir))
     results = {}
-    for stage in (*STAGES, *(name for name in found if name not in STAGES)):
-        record = run.read_result(stage)
+    for stage, record in records.items():
         if record is not None and not isinstance(record, dict):
             raise UserError(
                 f"{run.result_path(stage)} is damaged (it holds no JSON object); delete it and run its stage again"
             )
-        results[stage] = StageResult(stage, record, (folder / f"{stage}.begun").exists(), str(run.run_dir))
+        results[stage] = StageResult(stage, record, (folder / f"{stage}.begun").exists(), run_dir, preset)
     return results

@@ -24,7 +24,7 @@ def describe_source(result: StageResult) -> Source:
         f"id {format_value(pick(record, 'id'))}, finished {format_time(pick(record, 'finished'))}, "
         f"took {format_duration(pick(record, 'seconds'))}"
     )
-    return Source(result.file, details, pick(record, "command") or None)
+    return Source(result.file, details, result.command)
 
 
 def list_settings(result: StageResult) -> list[Block]:

@@ -1,0 +1,80 @@
+"""A run remembers what each stage was made with, and refuses to mix."""
+
+import pytest
+
+from chatmodel.runs import Run, publish_folder
+from chatmodel.runtime import UserError, read_json
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run")
+
+
+def finish(run, stage, **settings):
+    opened = run.begin(stage, settings=settings)
+    opened.finish({"answer": 42})
+    return run.read_result(stage)
+
+
+def test_a_finished_stage_is_not_done_again(run):
+    finish(run, "tokenizer", vocab_size=512)
+    assert run.begin("tokenizer", settings={"vocab_size": 512}) is None
+    assert run.is_finished("tokenizer", settings={"vocab_size": 512})
+    assert not run.is_finished("base", settings={})
+    result = read_json(run.result_path("tokenizer"))
+    assert result["metrics"] == {"answer": 42}
+    assert result["seconds"] >= 0
+
+
+def test_a_changed_setting_is_named(run):
+    finish(run, "tokenizer", vocab_size=512, doc_cap=100)
+    with pytest.raises(UserError, match="vocab_size=512, now 1024"):
+        run.begin("tokenizer", settings={"vocab_size": 1024, "doc_cap": 100})
+    with pytest.raises(UserError, match="doc_cap=100, now unset"):
+        run.is_finished("tokenizer", settings={"vocab_size": 512})
+
+
+def test_where_a_run_lies_is_no_setting(run):
+    finish(run, "tokenizer", vocab_size=512, run_dir="a")
+    assert run.begin("tokenizer", settings={"vocab_size": 512, "run_dir": "b"}) is None
+
+
+def test_an_interrupted_stage_continues_only_with_its_settings(run):
+    finish(run, "tokenizer")
+    first = run.begin("base", settings={"depth": 2})
+    again = run.begin("base", settings={"depth": 2})
+    assert again.started == first.started
+    assert again.id == first.id
+    with pytest.raises(UserError, match="was begun with depth=2, now 3"):
+        run.begin("base", settings={"depth": 3})
+
+
+def test_a_missing_input_is_named(run):
+    with pytest.raises(UserError, match="stage base needs stage tokenizer"):
+        run.begin("base", settings={})
+
+
+def test_a_stage_made_from_another_input_is_noticed(run):
+    finish(run, "tokenizer")
+    finish(run, "base")
+    run.result_path("tokenizer").unlink()
+    finish(run, "tokenizer")
+    with pytest.raises(UserError, match="was made from another tokenizer"):
+        run.begin("base", settings={})
+
+
+def test_a_damaged_result_is_named(run):
+    finish(run, "tokenizer")
+    run.result_path("tokenizer").write_text('{"stage": ')
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
+        run.read_result("tokenizer")
+
+
+def test_publish_replaces_a_folder(tmp_path):
+    for name, text in (("old", "1"), ("new", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    publish_folder(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "file").read_text() == "2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]

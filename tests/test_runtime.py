@@ -1,0 +1,74 @@
+"""Arguments, JSON files and errors, as every recipe uses them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from chatmodel.runtime import UserError, parse_arguments, read_json, requested_settings, write_json
+
+
+@dataclass
+class Arguments:
+    depth: int = field(default=4, metadata={"help": "layers"})
+    name: str | None = None
+    fast: bool = False
+
+
+def test_command_line_beats_yaml_beats_default(tmp_path, monkeypatch):
+    config = tmp_path / "a.yaml"
+    config.write_text("depth: 6\nname: x\n")
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(config), "--name", "y"])
+    (args,) = parse_arguments(Arguments)
+    assert (args.depth, args.name, args.fast) == (6, "y", False)
+
+
+@pytest.mark.parametrize(("text", "named"), [("dept: 6\n", "dept"), ("- 1\n", "mapping"), ("a: [\n", "YAML")])
+def test_a_bad_config_is_one_sentence(tmp_path, monkeypatch, text, named):
+    config = tmp_path / "a.yaml"
+    config.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(config)])
+    with pytest.raises(UserError, match=named):
+        parse_arguments(Arguments)
+
+
+def test_a_missing_config_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", "nowhere.yaml"])
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        parse_arguments(Arguments)
+
+
+def test_flags_are_not_abbreviated(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recipe", "--dept", "3"])
+    with pytest.raises((SystemExit, UserError)):
+        parse_arguments(Arguments)
+
+
+def test_requested_settings_reads_what_the_parser_would(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("depth: 6\nname: x\n")
+    asked = requested_settings(["--config", str(config), "--name", "y", "--fast", "--rate", "1.5", "--list", "1", "2"])
+    assert asked == {"depth": 6, "name": "y", "fast": True, "rate": 1.5, "list": [1, 2]}
+
+
+def test_an_error_is_one_sentence_and_exit_code_2():
+    code = "from chatmodel.runtime import *\ndef main(): raise UserError('the cap is missing; put it on')\n"
+    code += "entry_point(main)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: the cap is missing; put it on"
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder" / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+    with pytest.raises(UserError, match="does not exist"):
+        read_json(tmp_path / "b.json")
+    path.write_text(json.dumps({"a": 1})[:-2])
+    with pytest.raises(UserError, match="damaged"):
+        read_json(path)
