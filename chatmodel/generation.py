@@ -62,9 +62,10 @@ def generate_replies(
     num_samples: int = 1,
     batch_size: int = 16,
     seed: int | None = None,
+    keep_end: bool = False,
     progress: str | None = None,
 ) -> list[list[list[int]]]:
-    """`num_samples` replies to each prompt, as new token ids without the end token.
+    """`num_samples` replies to each prompt, as new token ids, without the end token unless `keep_end`.
 
     Prompts of similar length are generated together, padded on the left; the order of the result is the prompts'.
 
@@ -85,8 +86,9 @@ def generate_replies(
     bar = tqdm(total=len(rows), desc=progress, unit="reply", disable=progress is None)
     for begin in range(0, len(rows), batch_size):
         members = rows[begin : begin + batch_size]
-        for index, reply in zip(members, _generate_batch(model, [prompts[i] for i in members], settings), strict=True):
-            replies[index].append(reply)
+        batch = _generate_batch(model, [prompts[index] for index in members], settings)
+        for index, reply in zip(members, batch, strict=True):
+            replies[index].append(cut_at_end(reply, settings.eos_token_id, keep_end=keep_end))
         bar.update(len(members))
     bar.close()
     model.train(was_training)
@@ -99,15 +101,30 @@ def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationCo
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
-    return [cut_at_end(row, settings.eos_token_id) for row in output[:, width:].tolist()]
+    rows: list[list[int]] = output[:, width:].tolist()
+    return rows
 
 
-def cut_at_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    """The ids before the first end token."""
+def cut_at_end(ids: list[int], end_ids: Sequence[int], *, keep_end: bool = False) -> list[int]:
+    """The ids before the first end token, or up to and with it."""
     for position, token_id in enumerate(ids):
         if token_id in end_ids:
-            return ids[:position]
+            return ids[: position + keep_end]
     return ids
+
+
+def mask_calculator_output(ids: Sequence[int], table: dict[str, Any]) -> list[int]:
+    """1 for each id the model chose, 0 for those the calculator wrote, its two marks included.
+
+    Args:
+        table: `config.calculator`.
+    """
+    mask, inside = [], False
+    for token_id in ids:
+        inside = inside or token_id == table["output_start"]
+        mask.append(0 if inside else 1)
+        inside = inside and token_id != table["output_end"]
+    return mask
 
 
 def stream_reply(

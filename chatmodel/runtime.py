@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -131,6 +132,38 @@ def choose_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def choose_precision(device: torch.device, asked: str | None = None) -> str:
+    """ "bf16" or "no" (fp32): what was asked for, else bf16 where this device is faster with it, found by trying.
+
+    Raises:
+        UserError: something else was asked for.
+    """
+    if asked not in (None, "bf16", "no"):
+        raise UserError(f"mixed_precision={asked!r} must be 'bf16' or 'no'; leave it out to let the device decide")
+    if asked is not None:
+        return asked
+    if device.type == "cuda":
+        chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    else:
+        chosen = "bf16" if device.type == "cpu" and _matmul_speedup(torch.bfloat16) > 1.3 else "no"
+    logger.info("precision: %s on %s", "bf16" if chosen == "bf16" else "fp32", device.type)
+    return chosen
+
+
+def _matmul_speedup(dtype: torch.dtype) -> float:
+    """How many times faster this CPU multiplies matrices of `dtype` than of fp32; some emulate bf16 slowly."""
+    seconds = {}
+    for kind in (torch.float32, dtype):
+        left, right = torch.randn(512, 512).to(kind), torch.randn(512, 1024).to(kind)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - began)
+        seconds[kind] = min(times)
+    return seconds[torch.float32] / seconds[dtype]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

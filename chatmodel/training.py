@@ -61,7 +61,7 @@ class PretrainArguments:
     lr_fraction: float = field(default=1.0, metadata={"help": "Factor on every planned learning rate."})
     packing: str = field(default="best_fit", metadata={"help": "'best_fit' or 'contiguous' rows."})
     seed: int = field(default=42, metadata={"help": "Seed of the weights and of the order of documents."})
-    mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default bf16 on CUDA."})
+    mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile; by default on CUDA only."})
     eval_every: int = field(default=250, metadata={"help": "Steps between validation measurements."})
     eval_tokens: int = field(default=20 * 2**19, metadata={"help": "Validation tokens of each measurement."})

@@ -5,19 +5,18 @@ import json
 from accelerate import Accelerator, PartialState
 
 from chatmodel.runs import Run
-from chatmodel.runtime import UserError, entry_point, logger, parse_arguments
+from chatmodel.runtime import UserError, choose_precision, entry_point, logger, parse_arguments
 from chatmodel.tokenizer import load_tokenizer
 from chatmodel.training import PretrainArguments, Pretraining
 
 
 def build_accelerator(args: PretrainArguments) -> Accelerator:
-    precision = args.mixed_precision or ("bf16" if PartialState().device.type == "cuda" else "no")
+    precision = choose_precision(PartialState().device, args.mixed_precision)
     try:
         return Accelerator(mixed_precision=precision, log_with=args.tracker, project_dir=args.run_dir)
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"tracker={args.tracker!r} or mixed_precision={precision!r} cannot be used: {error}; install the tracker "
-            "with pip or leave the option out"
+            f"tracker={args.tracker!r} cannot be used: {error}; install it with pip or leave the option out"
         ) from None
 
 

@@ -18,6 +18,7 @@ class TokenizerArguments:
     dataset: str = field(
         default="embedded", metadata={"help": "embedded, a folder or file (parquet, jsonl, txt), or a Hub name."}
     )
+    text_column: str = field(default="text", metadata={"help": "The column or field that holds the text."})
     vocab_size: int = field(default=32_768, metadata={"help": "All ids, the nine special tokens included."})
     max_chars: int = field(default=1_000_000_000, metadata={"help": "Characters to read at most."})
     doc_cap: int = field(default=10_000, metadata={"help": "Characters to read of one document at most."})
@@ -33,7 +34,7 @@ def main() -> None:
     if stage is None:
         return
     tokenizer, statistics = train_and_measure(
-        stream_documents(args.dataset, "train"),
+        stream_documents(args.dataset, "train", text_column=args.text_column),
         args.vocab_size,
         max_chars=args.max_chars,
         doc_cap=args.doc_cap,
@@ -41,10 +42,10 @@ def main() -> None:
     )
     save_tokenizer(tokenizer, stage.folder)
     logger.info("tokenizer: %s ids trained in %.1f s", f"{args.vocab_size:,}", statistics["train_seconds"])
-    samples = {
-        split: join_documents(stream_documents(args.dataset, split), num_chars=args.comparison_chars)
-        for split in ("train", "validation")
-    }
+    samples = {}
+    for split in ("train", "validation"):
+        documents = stream_documents(args.dataset, split, text_column=args.text_column)
+        samples[split] = join_documents(documents, num_chars=args.comparison_chars)
     encoding = build_encoding(tokenizer)
     comparison = compare_token_counts(SAMPLE_TEXTS | samples, lambda text: len(encoding.encode_ordinary(text)))
     if comparison["not_run"]:

@@ -133,9 +133,9 @@ def test_core_of_a_bundle_worked_by_hand(bundle, tokenizer, place):
     assert tasks["choose"]["centered"] == pytest.approx((0.5 - 0.25) / 0.75)
     assert tasks["refer"]["centered"] == pytest.approx(0.5)
     assert tasks["finish"]["centered"] == 0.5
-    # sqrt(p (1 - p) / n) / (1 - baseline)
-    assert tasks["choose"]["stderr"] == pytest.approx(math.sqrt(0.125) / 0.75)
-    assert tasks["refer"]["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4) / 0.5)
+    # sqrt(p (1 - p) / n), and for centered accuracies divided by (1 - baseline)
+    assert tasks["choose"]["stderr"] == pytest.approx(math.sqrt(0.125))
+    assert tasks["refer"]["centered_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4) / 0.5)
     assert [task["n"] for task in tasks.values()] == [2, 4, 2]
     assert result["core"] == pytest.approx((1 / 3 + 0.5 + 0.5) / 3)
     stderr = math.sqrt(0.125 / 0.75**2 + (0.75 * 0.25 / 4) / 0.25 + 0.125) / 3

@@ -22,8 +22,9 @@ def test_summary_of_a_task():
     summary = summarize_task([True, False, False, True], baseline=0.25, seconds=1.23456)
     assert summary == {
         "accuracy": 0.5,
+        "stderr": pytest.approx(0.25),
         "centered": pytest.approx(1 / 3),
-        "stderr": pytest.approx(0.25 / 0.75),
+        "centered_stderr": pytest.approx(0.25 / 0.75),
         "n": 4,
         "seconds": 1.235,
     }

@@ -131,7 +131,7 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("{limits}, so please check what I say.", "Please check my answers: {limits}."),
     ),
 }
-OPENINGS = ("", "", "", "Hi! ", "Hello, ", "Hey, ", "Excuse me, ", "One question: ")
+OPENINGS = ("", "", "", "Hi! ", "Hello, ", "Hey, ", "Excuse me, ", "Please, ")
 HELD_OUT_QUESTIONS = 2
 
 
@@ -141,8 +141,10 @@ def introduce_itself(index: int, split: str, identity: Identity) -> Messages:
     topic = rng.choice(list(TOPICS))
     questions, replies = TOPICS[topic]
     question = rng.choice(questions[:-HELD_OUT_QUESTIONS] if split == "train" else questions[-HELD_OUT_QUESTIONS:])
-    if topic != "greeting":
-        question = rng.choice(OPENINGS) + question
+    opening = "" if topic == "greeting" else rng.choice(OPENINGS)
+    if opening.endswith(", "):
+        question = question[0].lower() + question[1:]
+    question = opening + question
     if rng.random() < 0.3:
         question = question.lower()
     reply = rng.choice(replies).format(**asdict(identity))

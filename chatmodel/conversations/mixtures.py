@@ -247,16 +247,17 @@ def _build_rows(
     for member, row in zip(members, rendered, strict=True):
         count = counts[member]
         count["cut"] += row.cut > 0
+        trained_tokens = len(row.mask) if train_on_prompts else sum(row.mask)
+        if not trained_tokens:
+            count["dropped"] += 1
+            continue
+        count["rows"] += 1
+        count["tokens"] += len(row.mask)
+        count["trained_tokens"] += trained_tokens
         labels = [
             token_id if trained or train_on_prompts else -100
             for token_id, trained in zip(row.input_ids, row.mask, strict=True)
         ]
-        if all(label == -100 for label in labels[1:]):
-            count["dropped"] += 1
-            continue
-        count["rows"] += 1
-        count["tokens"] += len(labels)
-        count["trained_tokens"] += sum(label != -100 for label in labels)
         columns["input_ids"].append(row.input_ids)
         columns["labels"].append(labels)
         columns["source"].append(count["name"])
@@ -267,6 +268,6 @@ def _log_losses(counts: Sequence[dict[str, Any]]) -> None:
     for count in counts:
         if count["skipped"] or count["cut"] or count["dropped"]:
             logger.info(
-                "%s: %d conversations are left out as invalid; %d were cut, and %d of them left out with nothing to learn",
+                "%s: %d conversations left out as invalid; %d cut, %d of them left out with nothing to learn",
                 *(count[key] for key in ("name", "skipped", "cut", "dropped")),
             )

@@ -125,16 +125,17 @@ def count_letter(index: int, split: str, words: Sequence[str]) -> Messages:
     """Count a letter with the calculator alone, in a dozen tokens: for models too small for SpellingBee's long reply.
 
     Question and call hold the word in quotes behind another character, where the tokenizer cuts it alike, so that the
-    call is copied from the question token by token.
+    call is copied from the question token by token. Each count that a word offers is as likely, 0 included, so that
+    "always 1" is no good guess.
     """
     rng = random.Random(f"counting {split} {index}")
     word = rng.choice(words)
-    letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(LETTERS)
+    count = rng.choice(sorted({0, *(word.count(letter) for letter in word)}))
+    letter = rng.choice([letter for letter in LETTERS if word.count(letter) == count])
     question = rng.choice([question for question in ENGLISH_QUESTIONS if not question.startswith("{word}")])
     question = question.replace("{letter}s", "{letter}").replace("{letter}'s", "{letter}")
     if rng.random() < 0.3:
         question = question.lower()
-    count = word.count(letter)
     reply = [
         {"type": "python", "text": f"('{word}').count('{letter}')"},
         {"type": "python_output", "text": str(count)},

@@ -1,5 +1,6 @@
 """Which text is there when no data set is given? The documentation of what is installed, cleaned, cached on disk."""
 
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -180,7 +181,8 @@ def read_all(files: list[SourceFile]) -> Iterator[list[str]]:
     if len(files) < MIN_PARALLEL_FILES or workers == 1:
         yield from map(read_documents, files)
         return
-    with multiprocessing.Pool(workers) as pool:
+    # Parsing makes many objects; unfrozen, each collection would walk everything that was imported, for half the time.
+    with multiprocessing.Pool(workers, initializer=gc.freeze) as pool:
         yield from pool.imap(read_documents, files, chunksize=16)
 
 

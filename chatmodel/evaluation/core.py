@@ -1,14 +1,12 @@
 """How much has a base model learned? CORE: the mean centered accuracy over 22 tasks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from chatmodel.evaluation.core_tasks import (
     HOW_TO_GET_BUNDLE,
@@ -17,8 +15,16 @@ from chatmodel.evaluation.core_tasks import (
     load_core_tasks,
     render_prompts,
 )
-from chatmodel.evaluation.scoring import Score, encode_texts, get_device, get_rank, score_requests
-from chatmodel.evaluation.statistics import mean_stderr, summarize_task
+from chatmodel.evaluation.scoring import (
+    Request,
+    Score,
+    encode_texts,
+    get_device,
+    score_requests,
+    share_decisions,
+    show_progress,
+)
+from chatmodel.evaluation.statistics import log_task, mean_stderr, summarize_task
 from chatmodel.runtime import logger
 
 # Examples that are encoded and sorted by length together: bounds the memory that token ids take.
@@ -34,7 +40,7 @@ def evaluate_core(
     batch_tokens: int = 16384,
     max_length: int | None = None,
 ) -> dict[str, Any]:
-    """CORE, its standard error, and per task accuracy, centered accuracy, its standard error, examples and seconds.
+    """CORE and per task accuracy and centered accuracy, each with its standard error, and examples and seconds.
 
     The standard error takes the tasks as independent, though two of them share the HellaSwag questions.
 
@@ -54,9 +60,9 @@ def evaluate_core(
         started = time.perf_counter()
         right = decide_task(model, tokenizer, task, batch_tokens=batch_tokens, max_length=max_length)
         tasks[task.label] = summarize_task(right, baseline=task.baseline, seconds=time.perf_counter() - started)
-        _log_task(task.label, tasks[task.label])
+        log_task(task.label, tasks[task.label])
     core = sum(task["centered"] for task in tasks.values()) / len(tasks)
-    stderr = mean_stderr([task["stderr"] for task in tasks.values()])
+    stderr = mean_stderr([task["centered_stderr"] for task in tasks.values()])
     logger.info("CORE %.4f ± %.4f", core, stderr)
     return {"core": core, "stderr": stderr, "max_per_task": max_per_task, "tasks": tasks}
 
@@ -65,22 +71,30 @@ def decide_task(
     model: nn.Module, tokenizer: Any, task: CoreTask, *, batch_tokens: int, max_length: int | None = None
 ) -> list[bool]:
     """Whether the model is right on each example; the ranks share the work and all know the answer."""
-    rank, world_size = get_rank()
-    right = torch.zeros(len(task.examples), dtype=torch.int32, device=get_device(model))
-    with tqdm(desc=task.label, unit=" prompts", disable=None if rank == 0 else True, leave=False) as progress:
-        for chunk in _chunks(range(rank, len(task.examples), world_size)):
-            prompts = [render_prompts(task, index) for index in chunk]
-            encoded = iter(encode_texts(tokenizer, [text for texts in prompts for text in texts]))
-            requests = [
-                build_requests(task.kind, [next(encoded) for _ in texts], max_length=max_length) for texts in prompts
-            ]
-            flat = [request for group in requests for request in group]
-            scores = iter(score_requests(model, flat, batch_tokens=batch_tokens, progress=progress))
-            for index, group in zip(chunk, requests, strict=True):
-                right[index] = is_right(task.kind, [next(scores) for _ in group], task.examples[index].get("gold"))
-    if world_size > 1:
-        dist.all_reduce(right)
-    return [bool(value) for value in right.tolist()]
+    with show_progress(task.label, unit="prompt") as progress:
+
+        def decide(indices: range) -> list[bool]:
+            chunks = (indices[begin : begin + CHUNK_EXAMPLES] for begin in range(0, len(indices), CHUNK_EXAMPLES))
+            requests = ((chunk, _build_chunk(tokenizer, task, chunk, max_length=max_length)) for chunk in chunks)
+            score = partial(score_requests, model, batch_tokens=batch_tokens, progress=progress)
+            return [right for chunk, groups in requests for right in _decide_chunk(task, chunk, groups, score)]
+
+        return share_decisions(len(task.examples), decide, device=get_device(model))
+
+
+def _build_chunk(tokenizer: Any, task: CoreTask, indices: range, *, max_length: int | None) -> list[list[Request]]:
+    """The requests of each example."""
+    prompts = [render_prompts(task, index) for index in indices]
+    encoded = iter(encode_texts(tokenizer, [text for texts in prompts for text in texts]))
+    return [build_requests(task.kind, [next(encoded) for _ in texts], max_length=max_length) for texts in prompts]
+
+
+def _decide_chunk(
+    task: CoreTask, indices: range, groups: list[list[Request]], score: Callable[[list[Request]], list[Score]]
+) -> Iterator[bool]:
+    scores = iter(score([request for group in groups for request in group]))
+    for index, group in zip(indices, groups, strict=True):
+        yield is_right(task.kind, [next(scores) for _ in group], task.examples[index].get("gold"))
 
 
 def is_right(kind: str, scores: list[Score], gold: int | None) -> bool:
@@ -92,14 +106,3 @@ def is_right(kind: str, scores: list[Score], gold: int | None) -> bool:
         return scores[0].is_greedy
     losses = [score.mean_loss for score in scores]
     return losses.index(min(losses)) == gold
-
-
-def _chunks(indices: range) -> Iterator[range]:
-    for begin in range(0, len(indices), CHUNK_EXAMPLES):
-        yield indices[begin : begin + CHUNK_EXAMPLES]
-
-
-def _log_task(label: str, task: dict[str, Any]) -> None:
-    rate = task["n"] / max(task["seconds"], 1e-9)
-    values = (label, task["accuracy"], task["centered"], task["stderr"], task["n"], rate)
-    logger.info("%s: accuracy %.4f, centered %.4f ± %.4f, %d examples, %.1f examples/s", *values)

@@ -1,7 +1,7 @@
 """How likely does a model find given continuations? Many at once, with logits only where they are needed."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -45,9 +45,31 @@ def get_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def fits_context(model: Any, ids: Sequence[int]) -> bool:
+    """Whether a prompt leaves room for an answer in the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    return context is None or len(ids) < context
+
+
 def get_rank() -> tuple[int, int]:
     """(rank, world size) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_decisions(count: int, decide: Callable[[range], list[bool]], *, device: torch.device) -> list[bool]:
+    """Whether each of `count` examples was answered rightly: every rank decides its part, and all get the whole."""
+    rank, world_size = get_rank()
+    right = torch.zeros(count, dtype=torch.int32, device=device)
+    mine = range(rank, count, world_size)
+    right[rank::world_size] = torch.tensor(decide(mine), dtype=torch.int32, device=device)
+    if world_size > 1:
+        dist.all_reduce(right)
+    return [bool(value) for value in right.tolist()]
+
+
+def show_progress(label: str, *, unit: str, total: int | None = None) -> "tqdm[Any]":
+    """A progress bar with a rate, on the first rank and on a terminal only."""
+    return tqdm(desc=label, unit=f" {unit}", total=total, disable=None if get_rank()[0] == 0 else True, leave=False)
 
 
 def get_start_token(tokenizer: Any) -> int:

@@ -1,7 +1,9 @@
 """How far above chance is a score, and how much of it could be noise?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from chatmodel.runtime import logger
 
 
 def center_accuracy(accuracy: float, baseline: float) -> float:
@@ -20,12 +22,21 @@ def mean_stderr(stderrs: Sequence[float]) -> float:
 
 
 def summarize_task(right: Sequence[bool], *, baseline: float, seconds: float) -> dict[str, float | int]:
-    """What results keep of one task; `stderr` is that of the centered accuracy."""
+    """What results keep of one task; the standard error of the centered accuracy is scaled as the accuracy is."""
     accuracy = sum(right) / len(right)
+    stderr = binomial_stderr(accuracy, len(right))
     return {
         "accuracy": accuracy,
+        "stderr": stderr,
         "centered": center_accuracy(accuracy, baseline),
-        "stderr": binomial_stderr(accuracy, len(right)) / (1.0 - baseline),
+        "centered_stderr": stderr / (1.0 - baseline),
         "n": len(right),
         "seconds": round(seconds, 3),
     }
+
+
+def log_task(name: str, task: Mapping[str, float | int]) -> None:
+    """One line about a task that `summarize_task` describes."""
+    rate = task["n"] / max(task["seconds"], 1e-9)
+    values = (name, task["accuracy"], task["stderr"], task["centered"], task["n"], rate)
+    logger.info("%s: accuracy %.4f ± %.4f, centered %.4f, %d examples, %.1f examples/s", *values)

@@ -41,6 +41,7 @@ class GPTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         role = getattr(module, "role", None)
         if role is not None:
+            assert isinstance(module.weight, torch.Tensor)
             self._init_matrix(module.weight, role, uniform=self.config.init_scheme == "uniform")
         elif isinstance(module, GPTDecoderLayer) and self.config.residual_scalars:
             depth = module.self_attn.layer_idx / max(self.config.num_hidden_layers - 1, 1)

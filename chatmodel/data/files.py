@@ -1,0 +1,227 @@
+"""How are documents read out of a folder of parquet, JSON-lines or text files, and which of them are for validation?"""
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from chatmodel.runtime import UserError
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+READ_BATCH = 1_024
+VALIDATION_NAME = re.compile(r"(^|[^a-z])(validation|valid|val|dev)([^a-z]|$)")
+TEST_NAME = re.compile(r"(^|[^a-z])test([^a-z]|$)")
+VALIDATION_SHARE = 0.01  # of the documents, where validation has no file of its own
+# A text file is cut at blank lines into documents of at least this many characters, and at any line end when this long.
+MIN_TEXT_DOCUMENT = 2_000
+MAX_TEXT_DOCUMENT = 20_000
+END_OF_DOCUMENT = "<|endoftext|>"  # the separator line of TinyStories and its kin
+HASH_THREADS = 8
+
+
+def find_data_files(dataset: str) -> list[Path]:
+    """The readable files of a folder (searched through, hidden ones left out), sorted; or the one file that is named.
+
+    Raises:
+        UserError: nothing is there, or nothing that can be read.
+    """
+    path = Path(dataset)
+    if not path.exists():
+        raise UserError(f"dataset {dataset} does not exist; give a folder, a file, a Hub name or 'embedded'")
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"dataset {dataset} is no {', '.join(SUFFIXES)} file; convert it to one of these")
+        return [path]
+    found = [p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path))]
+    if not found:
+        raise UserError(f"dataset folder {dataset} is empty; put {', '.join(SUFFIXES)} files into it")
+    files = sorted((p for p in found if p.name.endswith(SUFFIXES)), key=lambda p: p.relative_to(path).as_posix())
+    if not files:
+        raise UserError(
+            f"dataset folder {dataset} has no file that can be read, only {found[0].name} and the like;"
+            f" put {', '.join(SUFFIXES)} files into it"
+        )
+    return files
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a part of a relative path begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def split_files(files: list[Path], split: str) -> tuple[list[Path], bool]:
+    """The files to read for a split, and whether their documents must still be divided by hash.
+
+    Files that are named for it (validation, val, dev) are the validation split, and then those named test are left out;
+    else the last shard is (nanochat's convention). A single file and text files, which are no shards, are divided by hash.
+    """
+    named = [file for file in files if VALIDATION_NAME.search(f"{file.parent.name}/{file.name}".lower())]
+    if named and len(named) < len(files):
+        rest = [f for f in files if f not in named and not TEST_NAME.search(f"{f.parent.name}/{f.name}".lower())]
+        if rest:
+            return (named if split == "validation" else rest), False
+    if len(files) == 1 or all(file.name.endswith(TEXT_SUFFIXES) for file in files):
+        return files, True
+    return (files[-1:] if split == "validation" else files[:-1]), False
+
+
+def is_validation(text: str, *, share: float = VALIDATION_SHARE) -> bool:
+    """Whether a document belongs to a validation split that is made by hash."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8]) < share * 2**64
+
+
+def stream_files(dataset: str, split: str, *, text_column: str) -> Iterator[str]:
+    """The documents of a split of a local data set, file after file."""
+    files, by_hash = split_files(find_data_files(dataset), split)
+    for file in files:
+        for text in read_texts(file, text_column=text_column):
+            if text and (not by_hash or is_validation(text) == (split == "validation")):
+                yield text
+
+
+def read_texts(file: Path, *, text_column: str) -> Iterator[str]:
+    """The documents of one file; missing values are left out.
+
+    Raises:
+        UserError: the file is damaged, or has no such column.
+    """
+    if file.name.endswith(".parquet"):
+        return read_parquet(file, text_column)
+    return guard_text(file, read_text(file) if file.name.endswith(TEXT_SUFFIXES) else read_jsonl(file, text_column))
+
+
+def read_parquet(file: Path, text_column: str) -> Iterator[str]:
+    """The values of a parquet file's text column, a batch of rows in memory at a time."""
+    try:
+        with pq.ParquetFile(file) as parquet:
+            schema = parquet.schema_arrow
+            if text_column not in schema.names:
+                raise UserError(missing_column(file, text_column, schema.names))
+            kind = schema.field(text_column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise UserError(f"column '{text_column}' of {file} holds {kind}, not text; name another text_column")
+            for batch in parquet.iter_batches(batch_size=READ_BATCH, columns=[text_column]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} is damaged or no parquet file ({one_line(error)}); fetch it again or remove it"
+        ) from None
+
+
+def read_jsonl(file: Path, text_column: str) -> Iterator[str]:
+    """The text column of a JSON-lines file, blank lines left out."""
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"line {number} of {file} is not JSON ({error.msg}); mend or remove it") from None
+            text = take_text(row, text_column, f"line {number} of {file}")
+            if text is not None:
+                yield text
+
+
+def take_text(row: Any, text_column: str, where: str) -> str | None:
+    """The text of one JSON row; None where it is null."""
+    if not isinstance(row, dict) or text_column not in row:
+        raise UserError(missing_column(where, text_column, list(row) if isinstance(row, dict) else []))
+    text = row[text_column]
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"column '{text_column}' in {where} holds {type(text).__name__}, not text; name another text_column"
+        )
+    return text
+
+
+def read_text(file: Path) -> Iterator[str]:
+    """A text file cut into documents: at separator lines, else at blank lines once a document is long enough."""
+    gathered: list[str] = []
+    size = 0
+    with open_text(file) as lines:
+        for line in lines:
+            ends = line.strip() == END_OF_DOCUMENT
+            if not ends:
+                gathered.append(line)
+                size += len(line)
+            if ends or size >= MAX_TEXT_DOCUMENT or (size >= MIN_TEXT_DOCUMENT and not line.strip()):
+                yield "".join(gathered).strip()
+                gathered, size = [], 0
+    yield "".join(gathered).strip()
+
+
+def open_text(file: Path) -> TextIO:
+    """A text file, unpacked where it is compressed."""
+    if file.name.endswith(".gz"):
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    return file.open(encoding="utf-8-sig")
+
+
+def guard_text(file: Path, texts: Iterator[str]) -> Iterator[str]:
+    """Say in one sentence what is wrong with a text file that cannot be read to its end."""
+    try:
+        yield from texts
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{file} is cut short or damaged ({one_line(error)}); fetch it again or remove it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); convert it") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error})") from None
+
+
+def missing_column(where: Path | str, text_column: str, columns: list[str]) -> str:
+    """The sentence about a column that is not there."""
+    there = f"only {', '.join(map(str, columns))}" if columns else "no columns at all"
+    return f"{where} has no column '{text_column}', {there}; name the one that holds the text with text_column"
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line ends."""
+    return " ".join(str(error).split())
+
+
+def describe_files(dataset: str) -> dict[str, Any]:
+    """Name, manifest hash (over file names, sizes and contents), and documents where counting them costs nothing."""
+    root = Path(dataset)
+    files = find_data_files(dataset)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing gives the interpreter lock away
+        digests = list(pool.map(hash_file, files))
+    manifest = hashlib.sha256()
+    for file, digest in zip(files, digests, strict=True):
+        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+        manifest.update(f"{name}\t{file.stat().st_size}\t{digest}\n".encode())
+    description: dict[str, Any] = {
+        "name": dataset,
+        "manifest": manifest.hexdigest(),
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+    if all(file.suffix == ".parquet" for file in files):
+        description["documents"] = sum(count_rows(file) for file in files)
+    return description
+
+
+def hash_file(file: Path) -> str:
+    """The sha256 of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def count_rows(file: Path) -> int:
+    """The rows a parquet file says it has."""
+    try:
+        return int(pq.read_metadata(file).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{file} is damaged or no parquet file ({one_line(error)}); fetch it again or remove it"
+        ) from None

@@ -1,0 +1,100 @@
+"""What mid-training, SFT and RL share: the model a stage starts from, its optimizer, and how it is handed on."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from chatmodel.checkpoint import load_model, save_model_folder
+from chatmodel.optim import MuonAdamW, build_optimizer
+from chatmodel.runtime import UserError, choose_precision, logger, read_json, write_json
+from chatmodel.scaling import GroupPlan
+from chatmodel.tokenizer import calculator_table, load_tokenizer
+
+ADAPTER_LR = 2e-3
+
+
+def load_stage_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(model, tokenizer) of a finished stage, with the calculator switched on."""
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, dtype=dtype)
+    model.config.calculator = calculator_table(tokenizer)
+    return model, tokenizer
+
+
+def build_stage_optimizer(
+    model: Any, base_folder: Path, *, lr_fraction: float, weight_decay: bool = False
+) -> MuonAdamW:
+    """The optimizer that pretraining used, from `plan.json` in `base_folder`, with rates times `lr_fraction`.
+
+    Adapters (LoRA) are trained by AdamW at `ADAPTER_LR * lr_fraction`.
+
+    Raises:
+        UserError: a fraction that would not train, or no plan.
+    """
+    if not lr_fraction > 0:
+        raise UserError(f"lr_fraction={lr_fraction} must be greater than 0")
+    plan = read_json(base_folder / "plan.json")
+    groups = {
+        name: GroupPlan(group["lr"], tuple(group["betas"]), group["weight_decay"] if weight_decay else 0.0)
+        for name, group in plan["groups"].items()
+    }
+    groups["adapter"] = GroupPlan(ADAPTER_LR, (0.9, 0.99))
+    return build_optimizer(
+        model,
+        groups,
+        lr_fraction=lr_fraction,
+        orthogonalization=plan["orthogonalization"],
+        normalize_updates=plan["normalize_updates"],
+    )
+
+
+def set_precision(training: Any, asked: str | None) -> None:
+    """Give a Trainer's arguments the precision this device is faster with, or the one `asked` for.
+
+    TRL turns bf16 on unless told otherwise, which slows down CPUs and cards without it.
+    """
+    precision = choose_precision(training.device, asked)
+    training.bf16, training.mixed_precision = precision == "bf16", precision
+
+
+def save_stage_model(model: Any, tokenizer: Any, folder: Path, base_folder: Path, *, card: Sequence[str]) -> None:
+    """Write a stage's complete model folder, and the plan with it for the stages to come."""
+    save_model_folder(model, tokenizer, folder, card=card)
+    write_json(folder / "plan.json", read_json(base_folder / "plan.json"))
+
+
+def batch_rows(rows: Dataset, *, pad_token_id: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Conversations as padded batches of `input_ids` and `shift_labels` (B, T): the label follows its position."""
+    for begin in range(0, len(rows), batch_size):
+        batch = rows[begin : begin + batch_size]
+        width = max(len(ids) for ids in batch["input_ids"]) - 1
+        inputs = [ids[:-1] + [pad_token_id] * (width - len(ids) + 1) for ids in batch["input_ids"]]
+        labels = [ids[1:] + [-100] * (width - len(ids) + 1) for ids in batch["labels"]]
+        yield {"input_ids": torch.tensor(inputs), "shift_labels": torch.tensor(labels)}
+
+
+def latest_trainer_checkpoint(folder: Path) -> str | None:
+    """The newest `checkpoint-<step>` a Trainer finished in `folder`; half-written ones are removed with a word.
+
+    The Trainer writes `trainer_state.json` last of what it reads, so a checkpoint without it was cut short.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(checkpoints):
+        if (path / "trainer_state.json").exists() and (path / "optimizer.pt").exists():
+            return str(path)
+        logger.warning("checkpoint %s was cut short and is removed", path)
+        shutil.rmtree(path)
+    return None
+
+
+def pick_history(log: Sequence[dict[str, Any]], *keys: str) -> list[dict[str, float]]:
+    """Entries of a Trainer's log that hold `keys[0]`, reduced to their step and `keys`; prefixes are dropped."""
+    return [
+        {"step": entry["step"]} | {key.rpartition("/")[2]: entry[key] for key in keys if key in entry}
+        for entry in log
+        if keys[0] in entry
+    ]
