@@ -1,6 +1,7 @@
 """How a model answers: batches of prompts at once, or one reply streamed piece by piece."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from threading import Thread
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import GenerationConfig, TextIteratorStreamer
 
 from chatmodel.conversations.render import render_prompt
 from chatmodel.runtime import UserError
+
+CALCULATOR_MARKS = re.compile(r"(<\|(?:python|output)_(?:start|end)\|>)")
 
 
 def build_generation_config(
@@ -111,6 +114,25 @@ def cut_at_end(ids: list[int], end_ids: Sequence[int], *, keep_end: bool = False
         if token_id in end_ids:
             return ids[: position + keep_end]
     return ids
+
+
+def split_marks(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of text with the calculator's four marks as pieces of their own."""
+    for piece in pieces:
+        yield from (part for part in CALCULATOR_MARKS.split(piece) if part)
+
+
+def parse_reply(text: str) -> list[dict[str, str]]:
+    """The parts of a reply (text, python, python_output), as `render_conversation` takes them back as history."""
+    kinds = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
+    parts: list[dict[str, str]] = []
+    kind = "text"
+    for piece in split_marks([text]):
+        if CALCULATOR_MARKS.fullmatch(piece):
+            kind = kinds.get(piece, "text")
+        else:
+            parts.append({"type": kind, "text": piece})
+    return parts
 
 
 def mask_calculator_output(ids: Sequence[int], table: dict[str, Any]) -> list[int]:

@@ -52,13 +52,14 @@ def build_stage_optimizer(
     )
 
 
-def set_precision(training: Any, asked: str | None) -> None:
-    """Give a Trainer's arguments the precision this device is faster with, or the one `asked` for.
+def fit_to_device(training: Any, precision: str | None) -> None:
+    """Give a Trainer's arguments the precision this device is faster with, or the one asked for; pin only for CUDA.
 
     TRL turns bf16 on unless told otherwise, which slows down CPUs and cards without it.
     """
-    precision = choose_precision(training.device, asked)
-    training.bf16, training.mixed_precision = precision == "bf16", precision
+    chosen = choose_precision(training.device, precision)
+    training.bf16, training.mixed_precision = chosen == "bf16", chosen
+    training.dataloader_pin_memory = training.device.type == "cuda"
 
 
 def save_stage_model(model: Any, tokenizer: Any, folder: Path, base_folder: Path, *, card: Sequence[str]) -> None:

@@ -39,6 +39,10 @@ class Run:
         """Where a stage's artefacts lie, e.g. `folder("sft")`."""
         return Path(self.run_dir) / name
 
+    def checkpoints(self, stage: str) -> Path:
+        """Where an unfinished stage keeps the state it continues from."""
+        return self.folder("checkpoints") / stage
+
     def result_path(self, stage: str) -> Path:
         """The JSON file that says a stage is finished."""
         return self.folder("results") / f"{stage}.json"
@@ -64,9 +68,10 @@ class Run:
         if self._is_finished(opened):
             logger.info("%s: already finished in %s, nothing to do", stage, self.run_dir)
             return None
-        if opened.marker.exists():
+        if opened.marker.exists() and any(self.checkpoints(stage).glob("*")):
             self._refuse_change(opened, read_json(opened.marker), "was begun")
         else:
+            # Without a checkpoint nothing is lost, so a corrected command simply begins anew.
             write_json(opened.marker, {"settings": opened.settings, "inputs": opened.inputs, "started": _now()})
         opened.started = read_json(opened.marker)["started"]
         return opened
@@ -96,7 +101,8 @@ class Run:
 
     def _refuse_change(self, stage: "Stage", earlier: dict[str, Any], happened: str) -> None:
         results = self.folder("results") / stage.name
-        mend = f"choose another --run_dir, or delete {results}.* and {stage.folder} to do it again"
+        places = f"{results}.*, {stage.folder} and {self.checkpoints(stage.name)}"
+        mend = f"choose another --run_dir, or delete {places} to do it again"
         if earlier["settings"] != stage.settings:
             keys = sorted(earlier["settings"].keys() | stage.settings.keys())
             changed = [

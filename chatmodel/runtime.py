@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 import torch
+import transformers
 import yaml
 from trl import TrlParser
 
@@ -40,11 +42,19 @@ class UserError(ValueError):
 def entry_point(main: Callable[[], None]) -> None:
     """Run a recipe's `main`: log to stderr, and turn a `UserError` into one sentence and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    silence_noise()
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
     try:
         main()
     except UserError as error:
         exit_with(error)
+
+
+def silence_noise() -> None:
+    """Keep warnings that a user of the recipes can do nothing about out of the way of those that matter."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+    transformers.logging.disable_progress_bar()  # of loading and saving weights, a second at most
 
 
 def exit_with(error: UserError) -> NoReturn:

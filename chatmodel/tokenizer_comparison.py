@@ -237,4 +237,4 @@ def _explain_cache() -> str:
     files = ", ".join(
         f"{address} as {_cache_path(address).name}" for addresses in RANK_ADDRESSES.values() for address in addresses
     )
-    return f"set TIKTOKEN_CACHE_DIR to a folder holding {files}, then train the tokenizer again"
+    return f"set TIKTOKEN_CACHE_DIR to a folder holding {files}; delete the run's results/tokenizer.json, train again"

@@ -48,6 +48,7 @@ class PretrainArguments:
         default="karpathy/climbmix-400b-shuffle",
         metadata={"help": "A Hub name, a folder of parquet/jsonl/txt files, or 'embedded'."},
     )
+    text_column: str = field(default="text", metadata={"help": "The column or field that holds the text."})
     depth: int = field(default=12, metadata={"help": "The dial: number of layers; all else follows from it."})
     recipe: str = field(default="chatmodel", metadata={"help": "'chatmodel', or 'seed' for nanochat's of Oct 2025."})
     sequence_length: int = field(default=2048, metadata={"help": "Tokens a row, and the model's context."})
@@ -162,7 +163,7 @@ class Pretraining:
         )
         self.state = TrainState()
         accelerator.register_for_checkpointing(self.state)
-        self.checkpoints = run.folder("checkpoints") / "base"
+        self.checkpoints = run.checkpoints("base")
         self.stop_requested = False
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore]:
@@ -173,6 +174,7 @@ class Pretraining:
                 self.run.folder("data"),
                 max_train_tokens=self.plan.train_tokens,
                 max_validation_tokens=self.args.eval_tokens,
+                text_column=self.args.text_column,
             )
 
     def train(self) -> None:

@@ -16,11 +16,11 @@ from chatmodel.conversations.render import render_prompt
 from chatmodel.generation import generate_replies, mask_calculator_output
 from chatmodel.posttraining import (
     build_stage_optimizer,
+    fit_to_device,
     latest_trainer_checkpoint,
     load_stage_model,
     pick_history,
     save_stage_model,
-    set_precision,
 )
 from chatmodel.rewards import reward_answer, reward_spelling
 from chatmodel.runs import Run
@@ -41,6 +41,14 @@ class RewardArguments:
     lr_fraction: float = field(default=0.05, metadata={"help": "Factor on pretraining's learning rates."})
     pass_examples: int = field(default=400, metadata={"help": "Held-out problems of the pass@1 before and after."})
     rollout_batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
+
+
+@dataclass
+class RewardConfig(GRPOConfig):
+    """TRL's GRPOConfig with this project's defaults."""
+
+    bf16: bool | None = field(default=False, metadata={"help": "Not read: see mixed_precision."})
+    activation_checkpointing: bool | None = field(default=False, metadata={"help": "Trade speed for memory."})
 
 
 class RewardTrainer(GRPOTrainer):
@@ -95,7 +103,9 @@ def build_problems(source: Source) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def measure_pass(model: Any, tokenizer: Any, source: Source, training: GRPOConfig, batch_size: int) -> dict[str, Any]:
+def measure_pass(
+    model: Any, tokenizer: Any, source: Source, training: RewardConfig, batch_size: int
+) -> dict[str, Any]:
     """Share of held-out problems whose greedy completion is right, and the first completions."""
     conversations = [source.read(index) for index in range(source.count)]
     prompts = [render_prompt(tokenizer, messages[:-1]) for messages in conversations]
@@ -125,7 +135,7 @@ def measure_pass(model: Any, tokenizer: Any, source: Source, training: GRPOConfi
 
 
 def main() -> None:
-    args, training = parse_arguments(RewardArguments, GRPOConfig)
+    args, training = parse_arguments(RewardArguments, RewardConfig)
     run = Run(Path(args.run_dir))
     stage = run.begin("rl")
     if stage is None:
@@ -137,8 +147,8 @@ def main() -> None:
     model.to(training.device)
     before = measure_pass(model, tokenizer, held_out, training, args.rollout_batch_size)
     logger.info("pass@1 before: %d of %d", before["correct"], before["n"])
-    set_precision(training, args.mixed_precision)
-    training.output_dir = str(run.folder("checkpoints") / "rl")
+    fit_to_device(training, args.mixed_precision)
+    training.output_dir = str(run.checkpoints("rl"))
     trainer = RewardTrainer(
         model=model,
         args=training,

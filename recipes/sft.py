@@ -14,11 +14,11 @@ from chatmodel.evaluation.bits_per_byte import bits_per_byte
 from chatmodel.posttraining import (
     batch_rows,
     build_stage_optimizer,
+    fit_to_device,
     latest_trainer_checkpoint,
     load_stage_model,
     pick_history,
     save_stage_model,
-    set_precision,
 )
 from chatmodel.runs import STAGE_INPUTS, Run
 from chatmodel.runtime import UserError, entry_point, logger, parse_arguments, peak_memory_bytes
@@ -45,6 +45,14 @@ class ConversationArguments:
     preview_masks: int = field(default=0, metadata={"help": "Print so many conversations, trained tokens in green."})
 
 
+@dataclass
+class ConversationConfig(SFTConfig):
+    """TRL's SFTConfig with this project's defaults."""
+
+    bf16: bool | None = field(default=False, metadata={"help": "Not read: see mixed_precision."})
+    activation_checkpointing: bool | None = field(default=False, metadata={"help": "Trade speed for memory."})
+
+
 class ConversationTrainer(SFTTrainer):
     """TRL's SFTTrainer with pretraining's optimizer: Muon for the matrices, AdamW for the rest."""
 
@@ -58,7 +66,9 @@ class ConversationTrainer(SFTTrainer):
         return self.optimizer
 
 
-def load_datasets(args: ConversationArguments, training: SFTConfig, tokenizer: Any) -> tuple[Any, Any, list[Any]]:
+def load_datasets(
+    args: ConversationArguments, training: ConversationConfig, tokenizer: Any
+) -> tuple[Any, Any, list[Any]]:
     options = {
         "max_length": training.max_length,
         "seed": training.seed,
@@ -90,7 +100,7 @@ def add_adapter(model: Any, args: ConversationArguments) -> Any:
     )
 
 
-def validation_bits_per_byte(model: Any, tokenizer: Any, rows: Any, training: SFTConfig) -> float | None:
+def validation_bits_per_byte(model: Any, tokenizer: Any, rows: Any, training: ConversationConfig) -> float | None:
     if rows is None:
         return None
     batches = batch_rows(rows, pad_token_id=tokenizer.pad_token_id, batch_size=training.per_device_eval_batch_size)
@@ -98,7 +108,7 @@ def validation_bits_per_byte(model: Any, tokenizer: Any, rows: Any, training: SF
 
 
 def main() -> None:
-    args, training = parse_arguments(ConversationArguments, SFTConfig)
+    args, training = parse_arguments(ConversationArguments, ConversationConfig)
     if args.stage not in ("mid", "sft"):
         raise UserError(f"stage={args.stage!r} must be 'mid' or 'sft'")
     run = Run(Path(args.run_dir))
@@ -108,8 +118,8 @@ def main() -> None:
     (source,) = STAGE_INPUTS[args.stage]
     model, tokenizer = load_stage_model(run.folder(source))
     rows, validation, counts = load_datasets(args, training, tokenizer)
-    set_precision(training, args.mixed_precision)
-    training.output_dir = str(run.folder("checkpoints") / args.stage)
+    fit_to_device(training, args.mixed_precision)
+    training.output_dir = str(run.checkpoints(args.stage))
     trainer = ConversationTrainer(
         model=add_adapter(model, args) if args.lora_rank else model,
         args=training,
@@ -140,7 +150,7 @@ def main() -> None:
         "evaluations": evaluations,
         "lora": bool(args.lora_rank),
         "lr_fraction": args.lr_fraction,
-        "tokens_per_second": trainer.state.num_input_tokens_seen / outcome.metrics["train_runtime"],
+        "tokens_per_second": pick_history(log, "num_tokens")[-1]["num_tokens"] / outcome.metrics["train_runtime"],
         "train_seconds": outcome.metrics["train_runtime"],
         "peak_memory_bytes": peak_memory_bytes(training.device),
     }

@@ -49,7 +49,7 @@ def main() -> None:
     encoding = build_encoding(tokenizer)
     comparison = compare_token_counts(SAMPLE_TEXTS | samples, lambda text: len(encoding.encode_ordinary(text)))
     if comparison["not_run"]:
-        logger.info("tokenizer: no comparison: %s; %s", comparison["not_run"], comparison["how"])
+        logger.info("tokenizer: comparison not run: %s", comparison["not_run"])
     stage.finish(statistics | {"comparison": comparison, "dataset": describe_corpus(args.dataset)})
 
 

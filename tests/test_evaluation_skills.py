@@ -16,6 +16,11 @@ from chatmodel.evaluation.skills import (
 from chatmodel.runtime import UserError
 
 
+@pytest.fixture(scope="module")
+def words():
+    return load_words("embedded")
+
+
 def script_replies(monkeypatch, script):
     asked = []
 
@@ -27,9 +32,9 @@ def script_replies(monkeypatch, script):
     return asked
 
 
-def test_reference_replies_are_all_right(monkeypatch, chat_model, tokenizer):
+def test_reference_replies_are_all_right(monkeypatch, chat_model, tokenizer, words):
     asked = script_replies(monkeypatch, write_reference)
-    result = evaluate_skills(chat_model, tokenizer, num_examples=12)
+    result = evaluate_skills(chat_model, tokenizer, num_examples=12, words=words)
     assert list(result) == list(GENERATED_TASKS)
     for name, skill in result.items():
         assert skill["correct"] == skill["n"], name
@@ -39,9 +44,8 @@ def test_reference_replies_are_all_right(monkeypatch, chat_model, tokenizer):
     assert len(questions) == len(set(questions))
 
 
-def test_words_are_held_out(monkeypatch, chat_model, tokenizer):
+def test_words_are_held_out(monkeypatch, chat_model, tokenizer, words):
     asked = script_replies(monkeypatch, lambda messages: "")
-    words = load_words("embedded")
     result = evaluate_skills(chat_model, tokenizer, names=["SimpleSpelling"], num_examples=30, words=words)
     assert result["SimpleSpelling"]["correct"] == 0
     spelled = [messages[-1]["content"].partition(":")[0] for _, messages, _ in asked]
@@ -80,14 +84,15 @@ def test_replies_get_twice_the_room_of_the_longest_reference(monkeypatch, chat_m
 
 
 def test_a_task_with_few_questions_is_not_stretched():
-    conversations = draw_conversations("Identity", 10_000, words=(), identity=None)
-    assert 10 < len(conversations) < 10_000
+    conversations = draw_conversations("Identity", 1000, words=(), identity=None)
+    assert 10 < len(conversations) < 1000
     assert len({messages[0]["content"] for messages in conversations}) == len(conversations)
 
 
-def test_a_random_model_goes_through(chat_model, tokenizer):
+def test_a_random_model_goes_through(chat_model, tokenizer, words):
+    limits = ChatLimits(max_new_tokens=5)
     result = evaluate_skills(
-        chat_model, tokenizer, names=["LetterCounting"], num_examples=3, limits=ChatLimits(max_new_tokens=5)
+        chat_model, tokenizer, names=["LetterCounting"], num_examples=3, words=words, limits=limits
     )
     assert result["LetterCounting"]["n"] == 3
 

@@ -26,18 +26,18 @@ def stream_documents(dataset: str, split: str, *, text_column: str = "text") -> 
         raise ValueError(f"split {split!r} is neither of {SPLITS}")
     if dataset == EMBEDDED:
         return read_texts(ensure_embedded_corpus() / f"{split}.parquet", text_column="text")
-    if is_local(dataset):
-        return stream_files(dataset, split, text_column=text_column)
-    return stream_hub(dataset, split, text_column=text_column)
+    if is_hub_name(dataset):
+        return stream_hub(dataset, split, text_column=text_column)
+    return stream_files(dataset, split, text_column=text_column)
 
 
 def describe_corpus(dataset: str) -> dict[str, Any]:
     """What the report says of a data set: `name`, `manifest` (a hash), and counts that cost nothing."""
     if dataset == EMBEDDED:
         return describe_embedded_corpus()
-    return describe_files(dataset) if is_local(dataset) else describe_hub(dataset)
+    return describe_hub(dataset) if is_hub_name(dataset) else describe_files(dataset)
 
 
-def is_local(dataset: str) -> bool:
-    """Whether a name is a path: it exists, or can be no Hub name."""
-    return Path(dataset).exists() or dataset.startswith((".", "/", "~")) or dataset.count("/") != 1
+def is_hub_name(dataset: str) -> bool:
+    """Whether a name has the form of a Hub name and is no path that exists."""
+    return not Path(dataset).exists() and not dataset.startswith((".", "/", "~")) and dataset.count("/") == 1

@@ -84,7 +84,7 @@ def ensure_embedded_corpus(
 
 
 def describe_embedded_corpus() -> dict[str, Any]:
-    """The manifest of the embedded corpus: name, hash of all texts, documents, bytes, packages."""
+    """The manifest of the embedded corpus: name, hash of all texts (`manifest`), documents, bytes, packages."""
     return read_json(ensure_embedded_corpus() / "manifest.json")
 
 
@@ -214,7 +214,7 @@ def describe_documents(documents: list[Document], versions: dict[str, str]) -> d
     split_of = {document.source: document.split for document in documents}
     return {
         "name": "embedded",
-        "hash": digest.hexdigest(),
+        "manifest": digest.hexdigest(),
         "documents": {split: counts[split] for split in SPLITS},
         "bytes": {split: sizes[split] for split in SPLITS},
         "packages": {

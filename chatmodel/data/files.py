@@ -1,4 +1,4 @@
-"""How are documents read out of a folder of parquet, JSON-lines or text files, and which of them are for validation?"""
+"""How are documents read from parquet, JSON-lines or text files, and which of them are for validation?"""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ READ_BATCH = 1_024
 VALIDATION_NAME = re.compile(r"(^|[^a-z])(validation|valid|val|dev)([^a-z]|$)")
 TEST_NAME = re.compile(r"(^|[^a-z])test([^a-z]|$)")
 VALIDATION_SHARE = 0.01  # of the documents, where validation has no file of its own
-# A text file is cut at blank lines into documents of at least this many characters, and at any line end when this long.
+# A text file is cut at blank lines into documents of at least so many characters, and anywhere from so many on.
 MIN_TEXT_DOCUMENT = 2_000
 MAX_TEXT_DOCUMENT = 20_000
 END_OF_DOCUMENT = "<|endoftext|>"  # the separator line of TinyStories and its kin
@@ -61,8 +61,9 @@ def is_hidden(path: Path) -> bool:
 def split_files(files: list[Path], split: str) -> tuple[list[Path], bool]:
     """The files to read for a split, and whether their documents must still be divided by hash.
 
-    Files that are named for it (validation, val, dev) are the validation split, and then those named test are left out;
-    else the last shard is (nanochat's convention). A single file and text files, which are no shards, are divided by hash.
+    Files that are named for it (validation, val, dev) are the validation split, and then those named test are left
+    out; else the last shard is (nanochat's convention). A single file, and text files, which are no shards, are
+    divided by hash.
     """
     named = [file for file in files if VALIDATION_NAME.search(f"{file.parent.name}/{file.name}".lower())]
     if named and len(named) < len(files):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets import DatasetBuilder, IterableDataset, load_dataset, load_dataset_builder
+from huggingface_hub import HfApi
 
 from chatmodel.data.files import is_validation, missing_column, one_line
 from chatmodel.runtime import UserError
@@ -31,13 +32,13 @@ def open_builder(dataset: str) -> DatasetBuilder:
         return load_dataset_builder(name, configuration or None)
     except (ConnectionError, TimeoutError) as error:
         raise UserError(
-            f"dataset {dataset} cannot be reached on the Hub ({one_line(error)}); give a folder of parquet, jsonl or txt"
-            " files, or --dataset embedded"
+            f"dataset {dataset} is no local folder, and the Hub cannot be reached for it ({one_line(error)}); give a"
+            " folder of parquet, jsonl or txt files, or --dataset embedded"
         ) from None
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"dataset {dataset} cannot be opened ({one_line(error)}); give another name (owner/name or"
-            " owner/name:configuration), a folder, or --dataset embedded"
+            f"dataset {dataset} is no local folder, and cannot be opened from the Hub ({one_line(error)}); give"
+            " another name (owner/name or owner/name:configuration), a folder, or --dataset embedded"
         ) from None
 
 
@@ -103,16 +104,32 @@ def resume_on_failure(stream: IterableDataset, dataset: str) -> Iterator[dict[st
 
 
 def describe_hub(dataset: str) -> dict[str, Any]:
-    """Name and manifest hash: over the addresses of all files, which name the revision."""
+    """Name, manifest hash (over names, sizes and digests of the data files), and documents where they are known."""
     builder = open_builder(dataset)
-    files = {str(name): sorted(map(str, paths)) for name, paths in (builder.config.data_files or {}).items()}
-    manifest = hashlib.sha256(repr([dataset, sorted(files.items())]).encode())
-    counts = builder.info.splits or {}
+    addresses = [str(address) for files in (builder.config.data_files or {}).values() for address in files]
+    try:
+        info = HfApi().dataset_info(dataset.partition(":")[0], files_metadata=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the files of dataset {dataset} cannot be listed on the Hub ({one_line(error)}); start again later, or"
+            " give a folder of its files"
+        ) from None
+    contents = {file.rfilename: (file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings}
+    manifest = hashlib.sha256()
+    for path in sorted(map(path_in_repository, addresses)):
+        size, digest = contents.get(path, (None, info.sha))
+        manifest.update(f"{path}\t{size}\t{digest}\n".encode())
     description: dict[str, Any] = {
         "name": dataset,
         "manifest": manifest.hexdigest(),
-        "files": sum(map(len, files.values())),
+        "revision": info.sha,
+        "files": len(addresses),
     }
-    if counts:
-        description["documents"] = sum(split.num_examples for split in counts.values())
+    if builder.info.splits:
+        description["documents"] = sum(split.num_examples for split in builder.info.splits.values())
     return description
+
+
+def path_in_repository(address: str) -> str:
+    """The path in "hf://datasets/owner/name@revision/path"."""
+    return address.partition("@")[2].partition("/")[2] or address

@@ -1,0 +1,132 @@
+"""Which rows of equal length does the model see, on which rank, and how is that resumed exactly?"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from chatmodel.data.packing import BestFitPlan, ContiguousPlan, RowPlan, Span
+from chatmodel.data.store import TokenStore
+from chatmodel.runtime import UserError
+
+IGNORED = -100  # a label that is not scored
+PACKINGS = ("best_fit", "contiguous")
+BUFFER_DOCUMENTS = 1_000  # Source: nanochat/dataloader.py@92d63d4
+
+Row = dict[str, torch.Tensor]
+
+
+class PackedRows(IterableDataset[Row]):
+    """Rows of `input_ids` and `shift_labels`, both (T,) int64, where T is `sequence_length`.
+
+    `shift_labels[t]` is the token after `input_ids[t]`, so that a row reads T + 1 tokens; all are scored. Every rank
+    plans the same sequence of rows and gives those numbered rank, rank + world_size, ... A state is therefore the same
+    on all ranks, and good for another number of ranks. Iterating continues where the rows stand, it never starts anew.
+
+    Args:
+        packing: "contiguous" (`ContiguousPlan`) or "best_fit" (`BestFitPlan`).
+        epochs: passes over the documents, None for no end; every rank gives equally many rows.
+
+    Raises:
+        UserError: the store holds less than one row, or a value makes no sense.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        sequence_length: int,
+        packing: str = "best_fit",
+        rank: int = 0,
+        world_size: int = 1,
+        epochs: int | None = None,
+        seed: int = 42,
+        buffer_documents: int = BUFFER_DOCUMENTS,
+    ) -> None:
+        check_rows_fit(store, sequence_length)
+        if packing not in PACKINGS:
+            raise UserError(f"packing '{packing}' is unknown; choose {' or '.join(PACKINGS)}")
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.store = store
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.rank = rank
+        self.world_size = world_size
+        row_tokens = sequence_length + 1
+        self.plan: RowPlan = (
+            ContiguousPlan(store.num_tokens, row_tokens, epochs=epochs, seed=seed)
+            if packing == "contiguous"
+            else BestFitPlan(store.offsets, row_tokens, epochs=epochs, seed=seed, buffer_documents=buffer_documents)
+        )
+
+    @property
+    def epoch(self) -> int:
+        """The pass over the documents that the next row comes from, counted from 0."""
+        return int(self.plan.state_dict()["epoch"])
+
+    def __iter__(self) -> Iterator[Row]:
+        while True:
+            plans = [self.plan.next_row() for _ in range(self.world_size)]
+            if None in plans:
+                return
+            yield self._read_row(plans[self.rank] or [])
+
+    def _read_row(self, spans: list[Span]) -> Row:
+        row = np.empty(self.sequence_length + 1, dtype=np.int64)
+        position = 0
+        for start, stop in spans:
+            row[position : position + stop - start] = self.store.tokens[start:stop]
+            position += stop - start
+        tokens = torch.from_numpy(row)
+        return {"input_ids": tokens[:-1], "shift_labels": tokens[1:]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rows stand, as plain values: small, and the same on every rank."""
+        return {"packing": self.packing, "sequence_length": self.sequence_length, **self.plan.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly behind the last row given before the state was taken.
+
+        Raises:
+            UserError: the state is of rows that were packed in another way.
+        """
+        for name in ("packing", "sequence_length"):
+            if state[name] != getattr(self, name):
+                raise UserError(
+                    f"the checkpoint was made with {name} {state[name]}, now it is {getattr(self, name)};"
+                    " set it back, or start a new run"
+                )
+        self.plan.load_state_dict(state)
+
+
+def validation_rows(store: TokenStore, *, sequence_length: int, max_tokens: int | None = None) -> Iterator[Row]:
+    """The store from its beginning in contiguous rows, always the same: each token but the first is a label once.
+
+    The last row is filled up with ids 0 and labels -100.
+
+    Args:
+        max_tokens: labels at most; by default all.
+    """
+    if sequence_length < 1:
+        raise UserError(f"sequence_length is {sequence_length}; give a number of at least 1")
+    num_labels = store.num_tokens - 1 if max_tokens is None else min(max_tokens, store.num_tokens - 1)
+    for start in range(0, num_labels, sequence_length):
+        chunk = torch.from_numpy(store.tokens[start : min(start + sequence_length, num_labels) + 1].astype(np.int64))
+        input_ids = torch.zeros(sequence_length, dtype=torch.int64)
+        shift_labels = torch.full((sequence_length,), IGNORED)
+        input_ids[: len(chunk) - 1] = chunk[:-1]
+        shift_labels[: len(chunk) - 1] = chunk[1:]
+        yield {"input_ids": input_ids, "shift_labels": shift_labels}
+
+
+def check_rows_fit(store: TokenStore, sequence_length: int) -> None:
+    """Raise a `UserError` unless the store can fill a row."""
+    if sequence_length < 1:
+        raise UserError(f"sequence_length is {sequence_length}; give a number of at least 1")
+    if store.num_tokens < sequence_length + 1:
+        raise UserError(
+            f"sequence_length {sequence_length} is longer than the data: the token store {store.folder} holds only"
+            f" {store.num_tokens} tokens; choose a shorter sequence_length or give more text"
+        )

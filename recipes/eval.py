@@ -1,0 +1,61 @@
+"""Evaluate a stage of a run, or any causal model: `python recipes/eval.py --run_dir runs/cpu --stage base`."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chatmodel.checkpoint import load_model
+from chatmodel.evaluation.stages import EvalArguments, evaluate_stage
+from chatmodel.runs import Run
+from chatmodel.runtime import UserError, describe_environment, entry_point, parse_arguments, write_json
+from chatmodel.tokenizer import load_tokenizer
+
+
+def load_any_model(args: EvalArguments) -> tuple[Any, Any]:
+    """A model and tokenizer from a folder or the Hub, with the tokens that generation needs filled in."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.float32, trust_remote_code=args.trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {args.model} cannot be loaded: {' '.join(str(error).split())}") from None
+    end = tokenizer.eos_token or tokenizer.bos_token
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, end)
+    return model, tokenizer
+
+
+def measure(args: EvalArguments, run: Run | None, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The stage's metrics, measured on this process's device, in bf16 autocast on CUDA unless told otherwise."""
+    state = PartialState()
+    dtype = args.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
+    cast = torch.autocast(state.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    with cast:
+        metrics = evaluate_stage(args, run, model.to(state.device).eval(), tokenizer)
+    return metrics | {"device": str(state.device), "dtype": dtype, "world_size": state.num_processes}
+
+
+def main() -> None:
+    (args,) = parse_arguments(EvalArguments)
+    if args.run_dir is None:
+        metrics = measure(args, None, *load_any_model(args))
+        if PartialState().is_main_process:
+            write_json(args.output, {"model": args.model, "environment": describe_environment(), "metrics": metrics})
+        return
+    run = Run(args.run_dir)
+    stage = run.begin(f"{args.stage}_eval")
+    if stage is None:
+        return
+    folder = run.folder(args.stage)
+    metrics = measure(args, run, load_model(folder, dtype=torch.float32), load_tokenizer(folder))
+    if PartialState().is_main_process:
+        stage.finish(metrics)
+
+
+if __name__ == "__main__":
+    entry_point(main)
