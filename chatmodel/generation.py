@@ -71,6 +71,7 @@ def generate_replies(
     """`num_samples` replies to each prompt, as new token ids, without the end token unless `keep_end`.
 
     Prompts of similar length are generated together, padded on the left; the order of the result is the prompts'.
+    A batch ends where its longest row fills the model's context, whatever `max_new_tokens` says.
 
     Args:
         seed: makes sampling repeatable, whatever was drawn before.
@@ -102,6 +103,9 @@ def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationCo
     width = max(len(prompt) for prompt in prompts)
     pad = settings.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and width + settings.max_new_tokens > context:
+        settings = GenerationConfig(**(settings.to_diff_dict() | {"max_new_tokens": context - width}))
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
     rows: list[list[int]] = output[:, width:].tolist()

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ REPORTED_PACKAGES = (
     "lm_eval",
     "evaluate",
 )
+
+CONFIG_FLAG = re.compile(r"^(--config)=")
 
 
 class UserError(ValueError):
@@ -70,8 +73,10 @@ def parse_arguments(*dataclasses: Any) -> tuple[Any, ...]:
         UserError: the YAML file is missing, no mapping, or holds a key that no dataclass has.
     """
     parser = TrlParser(dataclasses, allow_abbrev=False)
+    # TrlParser only knows "--config FILE"; everybody's fingers know "--config=FILE" as well.
+    arguments = [part for word in sys.argv[1:] for part in CONFIG_FLAG.split(word) if part]
     try:
-        return tuple(parser.parse_args_and_config())
+        return tuple(parser.parse_args_and_config(arguments))
     except FileNotFoundError as error:
         raise UserError(
             f"config file {error.filename} does not exist; --config takes the path of a YAML file"

@@ -4,13 +4,20 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatmodel.checkpoint import load_model
 from chatmodel.evaluation.stages import EvalArguments, evaluate_stage
 from chatmodel.runs import Run
-from chatmodel.runtime import UserError, describe_environment, entry_point, parse_arguments, write_json
+from chatmodel.runtime import (
+    UserError,
+    choose_precision,
+    describe_environment,
+    entry_point,
+    parse_arguments,
+    write_json,
+)
 from chatmodel.tokenizer import load_tokenizer
 
 
@@ -30,31 +37,34 @@ def load_any_model(args: EvalArguments) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def measure(args: EvalArguments, run: Run | None, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The stage's metrics, measured on this process's device, in bf16 autocast on CUDA unless told otherwise."""
-    state = PartialState()
-    dtype = args.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
-    cast = torch.autocast(state.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    with cast:
-        metrics = evaluate_stage(args, run, model.to(state.device).eval(), tokenizer)
-    return metrics | {"device": str(state.device), "dtype": dtype, "world_size": state.num_processes}
+def measure(
+    args: EvalArguments, run: Run | None, model: Any, tokenizer: Any, accelerator: Accelerator
+) -> dict[str, Any]:
+    """The stage's metrics, measured on this process's device: in bf16 on CUDA, elsewhere in fp32, unless told so."""
+    device = accelerator.device
+    precision = choose_precision(device, args.mixed_precision or (None if device.type == "cuda" else "no"))
+    with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        metrics = evaluate_stage(args, run, model.to(device).eval(), tokenizer)
+    return metrics | {"device": str(device), "mixed_precision": precision, "world_size": accelerator.num_processes}
 
 
 def main() -> None:
     (args,) = parse_arguments(EvalArguments)
+    accelerator = Accelerator()  # PartialState alone would overlook several ranks on CPUs
     if args.run_dir is None:
-        metrics = measure(args, None, *load_any_model(args))
-        if PartialState().is_main_process:
+        metrics = measure(args, None, *load_any_model(args), accelerator)
+        if accelerator.is_main_process:
             write_json(args.output, {"model": args.model, "environment": describe_environment(), "metrics": metrics})
-        return
-    run = Run(args.run_dir)
-    stage = run.begin(f"{args.stage}_eval")
-    if stage is None:
-        return
-    folder = run.folder(args.stage)
-    metrics = measure(args, run, load_model(folder, dtype=torch.float32), load_tokenizer(folder))
-    if PartialState().is_main_process:
-        stage.finish(metrics)
+    else:
+        run = Run(args.run_dir)
+        stage = run.begin(f"{args.stage}_eval")
+        if stage is None:
+            return
+        folder = run.folder(args.stage)
+        metrics = measure(args, run, load_model(folder, dtype=torch.float32), load_tokenizer(folder), accelerator)
+        if accelerator.is_main_process:
+            stage.finish(metrics)
+    accelerator.end_training()  # closes the process group
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 from conftest import make_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from chatmodel.evaluation.scoring import (
     Request,
     encode_texts,
     evaluation_mode,
+    find_hard_limit,
+    fits_context,
     get_start_token,
     pad_right,
     plan_batches,
@@ -87,7 +90,7 @@ class FakeTokenizer:
     def __init__(self, bos=None, eos=None):
         self.bos_token_id, self.eos_token_id = bos, eos
 
-    def __call__(self, texts, *, add_special_tokens, split_special_tokens, return_attention_mask):
+    def __call__(self, texts, *, add_special_tokens, split_special_tokens, **rest):
         assert (add_special_tokens, split_special_tokens) == (False, True)
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
@@ -97,3 +100,12 @@ def test_texts_begin_with_the_start_token():
     assert get_start_token(FakeTokenizer(eos=0)) == 0
     with pytest.raises(UserError, match="neither bos_token nor eos_token"):
         get_start_token(FakeTokenizer())
+
+
+def test_learned_positions_are_a_hard_limit(model):
+    assert find_hard_limit(model) is None
+    assert (
+        find_hard_limit(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1))) == 8
+    )
+    assert fits_context(model, [0] * 63)
+    assert not fits_context(model, [0] * 64)

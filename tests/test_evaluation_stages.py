@@ -1,6 +1,7 @@
 """The evaluation of a whole (tiny) run: which metrics a stage gets, and what the recipe writes and refuses."""
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ from chatmodel.data.store import build_token_store
 from chatmodel.evaluation.stages import EvalArguments, evaluate_stage, find_taught_skills
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError
+from chatmodel.tokenizer import load_tokenizer
 
 TEXT = "Every stage is a recipe, and every number has a command. What is 12 plus 30? It is 42. Spell the word: cat. "
+VALIDATION_DOCUMENTS = 10
 RECIPE = Path(__file__).parents[1] / "recipes" / "eval.py"
 
 
@@ -23,7 +26,7 @@ def run(tmp_path_factory, tokenizer, chat_model):
     run = Run(tmp_path_factory.mktemp("runs") / "tiny")
     for name in ("base", "sft"):
         save_model_folder(chat_model, tokenizer, run.folder(name), card=["Random."])
-    for split, count in (("train", 30), ("validation", 10)):
+    for split, count in (("train", 30), ("validation", VALIDATION_DOCUMENTS)):
         documents = [f"{split} {n}: {TEXT}" for n in range(count)]
         build_token_store(documents, tokenizer, run.folder("data") / split, dataset={"name": "made up"}, split=split)
     run.begin("base", settings={}, inputs=()).finish({})
@@ -44,13 +47,23 @@ def bundle(tmp_path):
     return tmp_path
 
 
+def measure_documents(run, model):
+    """The definition, one document after the other; all of the text is in single-byte characters."""
+    bits, n_bytes = 0.0, 0
+    for n in range(VALIDATION_DOCUMENTS):
+        ids = load_tokenizer(run.folder("base")).encode(f"validation {n}: {TEXT}", return_tensors="pt")
+        bits += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) / math.log(2)
+        n_bytes += len(f"validation {n}: {TEXT}")
+    return bits / n_bytes
+
+
 def test_a_base_model_gets_bpb_core_and_samples(run, bundle, tokenizer, chat_model):
     args = EvalArguments(run_dir=run.run_dir, eval_bundle=bundle, eval_tokens=1500, batch_tokens=600)
     metrics = evaluate_stage(args, run, chat_model, tokenizer)
     assert set(metrics) == {"bpb", "core", "samples"}
-    # The weights are random, so a byte costs more than the 8 bits it has.
     assert set(metrics["bpb"]) == {"train", "validation", "validation_documents"}
-    assert all(8 < value < 50 for value in metrics["bpb"].values())
+    assert metrics["bpb"]["validation_documents"] == pytest.approx(measure_documents(run, chat_model), rel=1e-5)
+    assert metrics["bpb"]["train"] > 0
     assert metrics["core"]["tasks"]["choose"]["n"] == 2
     assert len(metrics["samples"]) == 7
 
@@ -88,7 +101,7 @@ def test_recipe_evaluates_a_chat_stage_once(monkeypatch, run, tmp_path, caplog):
     assert metrics["chatcore"]["chatcore"] is None
     assert all("not_run" in task and task["how"] for task in metrics["chatcore"]["tasks"].values())
     assert metrics["samples"][0]["messages"][0] == {"role": "user", "content": "Who are you?"}
-    assert metrics["dtype"] in ("float32", "bfloat16")
+    assert metrics["mixed_precision"] in ("bf16", "no")
     start_recipe(monkeypatch, *arguments)
     assert "nothing to do" in caplog.text
 
@@ -109,7 +122,6 @@ def test_recipe_evaluates_a_model_without_a_run(monkeypatch, run, bundle, tmp_pa
         ({"run_dir": None}, "either --run_dir"),
         ({"model": "gpt2"}, "either --run_dir"),
         ({"run_dir": None, "model": "gpt2"}, "needs --output"),
-        ({"dtype": "float16"}, "neither float32 nor bfloat16"),
         ({"max_per_task": 0}, "max_per_task=0 must be at least 1"),
         ({"eval_bundle": Path("nowhere.zip")}, r"nowhere\.zip does not exist; leave it out, or curl"),
     ],

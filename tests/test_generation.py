@@ -83,6 +83,12 @@ def test_a_prompt_over_the_context_is_refused(chat_model, tokenizer):
         generate_replies(chat_model, tokenizer, [[1] * 256], max_new_tokens=1)
 
 
+def test_a_reply_ends_where_the_context_does(chat_model, tokenizer):
+    (reply,), (short,) = generate_replies(chat_model, tokenizer, [[5] * 250, [5] * 3], max_new_tokens=50, batch_size=1)
+    assert len(reply) <= 6
+    assert len(short) <= 50
+
+
 def test_special_strings_in_a_question_stay_text(tokenizer):
     prompt = render_prompt(
         tokenizer, [{"role": "user", "content": "<|assistant_end|><|python_start|>1<|python_end|>"}]

@@ -1,6 +1,5 @@
 """Which public data sets are known by name, where their rows come from, and how a row becomes a conversation."""
 
-import gzip
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +8,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, config, load_dataset
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from chatmodel.conversations.files import Rows, convert_row, read_rows
 from chatmodel.conversations.render import Messages
+from chatmodel.data.files import one_line, open_text
 from chatmodel.runtime import UserError
 
 LETTERS = ("A", "B", "C", "D")
@@ -132,8 +133,8 @@ def read_hub_rows(hub: str, split: str, *, subset: str | None = None, absent: st
             raise DataAbsent(f"{name} cannot be reached on the Hub ({type(error).__name__})", how=how) from None
     try:
         rows = load_dataset(hub, subset, split=split)
-    except (OSError, ValueError) as error:
-        raise DataAbsent(f"{name} cannot be loaded ({' '.join(str(error).split())})", how=how) from None
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise DataAbsent(f"{name} cannot be loaded ({one_line(error)})", how=how) from None
     return Rows(rows, ((f"{hub} ({split})", len(rows)),))
 
 
@@ -151,7 +152,7 @@ def load_word_list(folder: Path | None) -> list[str]:
     """
     for path in [] if folder is None else [folder / f"{WORD_LIST}.gz", folder / WORD_LIST]:
         if path.exists():
-            with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+            with open_text(path) as lines:
                 return [line.strip() for line in lines]
     place = "no folder is given" if folder is None else f"it is not in {folder}"
     raise DataAbsent(

@@ -1,6 +1,5 @@
 """How a user's own conversations are read: files in four layouts, with messages in three."""
 
-import gzip
 import json
 import zlib
 from collections.abc import Sequence
@@ -10,8 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
+from datasets.exceptions import DatasetsError
 
 from chatmodel.conversations.render import Message, Messages
+from chatmodel.data.files import one_line, open_text
 from chatmodel.runtime import UserError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -60,32 +61,28 @@ def _read_file(path: Path) -> Sequence[Any]:
         raise UserError(f"{path} has an unknown ending; files of conversations end in {', '.join(ENDINGS)}")
     try:
         rows = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else _read_json(path)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} is damaged and cannot be read ({error}); make or download it again") from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowInvalid, DatasetsError) as error:
+        raise UserError(f"{path} is damaged and cannot be read ({one_line(error)}); get it again") from None
     if not len(rows):
         raise UserError(f"{path} is empty; give a file with at least one conversation")
     return rows
 
 
 def _read_json(path: Path) -> list[Any]:
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); mend or replace it") from None
-        if not isinstance(rows, list):
-            raise UserError(f"{path} holds no list of conversations; put them into one [...], or use .jsonl")
-        return rows
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not valid JSON ({error}); mend or remove it") from None
-    return rows
+    with open_text(path) as lines:
+        if path.suffix == ".json":
+            rows = _parse_json(lines.read(), str(path))
+            if not isinstance(rows, list):
+                raise UserError(f"{path} holds no list of conversations; put them into one [...], or use .jsonl")
+            return rows
+        return [_parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON ({error}); mend or remove it") from None
 
 
 def convert_row(row: Any) -> Messages:

@@ -30,6 +30,7 @@ from chatmodel.data.documentation import (
     read_topics,
 )
 from chatmodel.data.duplicates import remove_near_duplicates
+from chatmodel.runs import publish_folder
 from chatmodel.runtime import UserError, read_json, write_json
 
 logger = logging.getLogger("chatmodel")
@@ -78,9 +79,14 @@ def ensure_embedded_corpus(
     versions = find_versions(packages)
     splits = {package: packages[package] for package in versions}
     folder = (cache or default_cache()) / f"embedded-{corpus_key(versions, splits)}"
-    if not all((folder / name).is_file() for name in ("train.parquet", "validation.parquet", "manifest.json")):
+    if not is_complete(folder):
         build_corpus(folder, versions, splits)
     return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a corpus is there, with all its files."""
+    return all((folder / name).is_file() for name in ("train.parquet", "validation.parquet", "manifest.json"))
 
 
 def describe_embedded_corpus() -> dict[str, Any]:
@@ -116,27 +122,16 @@ def corpus_key(versions: dict[str, str], splits: dict[str, str]) -> str:
 def build_corpus(folder: Path, versions: dict[str, str], splits: dict[str, str]) -> None:
     """Collect, de-duplicate and write the corpus beside `folder`, then rename it, so that it is whole or absent."""
     started = time.perf_counter()
-    documents = select_documents(list(collect_documents(splits)))
-    for split in SPLITS:
-        if not any(document.split == split for document in documents):
-            raise UserError(
-                f"the embedded corpus has no {split} text, for none of its packages is installed with its files;"
-                " give your own text with --dataset FOLDER"
-            )
+    aside = make_folder_beside(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise UserError(
-            f"the embedded corpus cannot be written to {folder.parent} ({error.strerror});"
-            " set XDG_CACHE_HOME to a folder you can write to"
-        ) from None
-    try:
+        documents = select_documents(list(collect_documents(splits)))
+        check_splits(documents)
         for split in SPLITS:
             write_documents([d for d in documents if d.split == split], aside / f"{split}.parquet")
         manifest = describe_documents(documents, versions)
         write_json(aside / "manifest.json", manifest | {"seconds": round(time.perf_counter() - started, 1)})
-        publish(aside, folder)
+        if not is_complete(folder):  # another process may have been faster, with the same result
+            publish_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     logger.info(
@@ -149,16 +144,28 @@ def build_corpus(folder: Path, versions: dict[str, str], splits: dict[str, str])
     )
 
 
-def publish(aside: Path, folder: Path) -> None:
-    """Rename the finished folder into place; where another process was faster, its folder, which is equal, stays."""
-    aside.chmod(0o755)
+def make_folder_beside(folder: Path) -> Path:
+    """An empty folder with a name of its own in the same place, from which a rename is atomic."""
     try:
-        aside.rename(folder)
-    except OSError:
-        if (folder / "manifest.json").is_file() and (folder / "train.parquet").is_file():
-            return
-        shutil.rmtree(folder)  # somebody deleted files in it
-        aside.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UserError(
+            f"the embedded corpus cannot be written to {folder.parent} ({error.strerror});"
+            " set XDG_CACHE_HOME to a folder you can write to"
+        ) from None
+    aside.chmod(0o755)  # mkdtemp's are private
+    return aside
+
+
+def check_splits(documents: list[Document]) -> None:
+    """Raise a `UserError` unless both splits have documents."""
+    for split in SPLITS:
+        if not any(document.split == split for document in documents):
+            raise UserError(
+                f"the embedded corpus has no {split} text, for none of its packages is installed with its files;"
+                " give your own text with --dataset FOLDER"
+            )
 
 
 def collect_documents(splits: dict[str, str]) -> Iterator[Document]:

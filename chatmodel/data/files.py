@@ -58,19 +58,21 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def split_files(files: list[Path], split: str) -> tuple[list[Path], bool]:
+def split_files(files: list[Path], split: str, *, root: Path) -> tuple[list[Path], bool]:
     """The files to read for a split, and whether their documents must still be divided by hash.
 
-    Files that are named for it (validation, val, dev) are the validation split, and then those named test are left
-    out; else the last shard is (nanochat's convention). A single file, and text files, which are no shards, are
-    divided by hash.
+    Files whose path below `root` names it (validation, valid, val, dev) are the validation split, and then those named
+    test are left out; else the last shard is (nanochat's convention). A single file, and text files, which are no
+    shards, are divided by hash.
     """
-    named = [file for file in files if VALIDATION_NAME.search(f"{file.parent.name}/{file.name}".lower())]
-    if named and len(named) < len(files):
-        rest = [f for f in files if f not in named and not TEST_NAME.search(f"{f.parent.name}/{f.name}".lower())]
-        if rest:
-            return (named if split == "validation" else rest), False
-    if len(files) == 1 or all(file.name.endswith(TEXT_SUFFIXES) for file in files):
+    if len(files) == 1:
+        return files, True
+    names = {file: file.relative_to(root).as_posix().lower() for file in files}
+    named = [file for file in files if VALIDATION_NAME.search(names[file])]
+    rest = [file for file in files if not (VALIDATION_NAME.search(names[file]) or TEST_NAME.search(names[file]))]
+    if named and rest:
+        return (named if split == "validation" else rest), False
+    if all(file.name.endswith(TEXT_SUFFIXES) for file in files):
         return files, True
     return (files[-1:] if split == "validation" else files[:-1]), False
 
@@ -82,7 +84,7 @@ def is_validation(text: str, *, share: float = VALIDATION_SHARE) -> bool:
 
 def stream_files(dataset: str, split: str, *, text_column: str) -> Iterator[str]:
     """The documents of a split of a local data set, file after file."""
-    files, by_hash = split_files(find_data_files(dataset), split)
+    files, by_hash = split_files(find_data_files(dataset), split, root=Path(dataset))
     for file in files:
         for text in read_texts(file, text_column=text_column):
             if text and (not by_hash or is_validation(text) == (split == "validation")):

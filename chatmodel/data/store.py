@@ -7,13 +7,16 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from tiktoken import Encoding
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +30,9 @@ logger = logging.getLogger("chatmodel")
 TOKENS_FILE = "tokens.bin"
 OFFSETS_FILE = "offsets.bin"
 MANIFEST_FILE = "manifest.json"
-BATCH_CHARS = 4_000_000  # text handed to the tokenizer's threads at a time
+BATCH_CHARS = 200_000  # text that a thread encodes at a time
+
+Encoded = tuple[NDArray[np.uint32], int]  # the ids of a document, and the UTF-8 bytes of its text
 
 
 @dataclass(frozen=True)
@@ -179,10 +184,9 @@ class TokenWriter:
         """
         exhausted = True
         with (self.folder / TOKENS_FILE).open("wb") as file:
-            for texts in batch_texts(documents):
-                encoded = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+            for batch in encode_documents(documents, self.encoding, num_threads=num_threads):
                 before = self.num_bytes
-                whole = self._append(file, texts, encoded)
+                whole = self._append(file, batch)
                 progress.update(self.num_bytes - before)
                 if not whole or self.num_tokens == self.max_tokens:
                     exhausted = False
@@ -197,29 +201,56 @@ class TokenWriter:
             "sha256": self.digest.hexdigest(),
         }
 
-    def _append(self, file: BinaryIO, texts: list[str], encoded: list[list[int]]) -> bool:
-        """Write one batch; False when some of it was left out."""
+    def _append(self, file: BinaryIO, batch: list[Encoded]) -> bool:
+        """Write some documents; False when some of it was left out."""
         parts: list[NDArray[Any]] = []
         whole = True
-        for text, ids in zip(texts, encoded, strict=True):
+        for ids, num_bytes in batch:
             room = self.max_tokens - self.num_tokens - 1
+            whole = len(ids) <= room
             if room < 1:  # a lone <|bos|> says nothing
-                whole = False
                 break
-            if len(ids) > room:
-                whole = False
+            if not whole:
                 ids = ids[:room]
-                self.num_bytes += len(self.encoding.decode_bytes(ids))
-            else:
-                # tiktoken replaces a lone surrogate by U+FFFD, which takes three bytes as the surrogate does here.
-                self.num_bytes += len(text.encode("utf-8", "surrogatepass"))
-            parts += [self.bos, np.array(ids, dtype=self.dtype)]
+                num_bytes = len(self.encoding.decode_bytes(ids.tolist()))
+            parts += [self.bos, ids.astype(self.dtype)]
             self.lengths.append(len(ids) + 1)
             self.num_tokens += len(ids) + 1
-        block = np.concatenate(parts).tobytes() if parts else b""
+            self.num_bytes += num_bytes
+            if not whole:
+                break
+        block = np.concatenate([self.bos[:0], *parts]).tobytes()
         self.digest.update(block)
         file.write(block)
         return whole
+
+
+def encode_documents(documents: Iterable[str], encoding: Encoding, *, num_threads: int) -> Iterator[list[Encoded]]:
+    """Documents that are not empty, encoded by threads (tiktoken frees the interpreter lock), in order, in batches."""
+    pool = ThreadPoolExecutor(num_threads)
+    pending: deque[Future[list[Encoded]]] = deque()
+    try:
+        for texts in batch_texts(documents):
+            pending.append(pool.submit(encode_texts, texts, encoding))
+            if len(pending) > 2 * num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encode_texts(texts: list[str], encoding: Encoding) -> list[Encoded]:
+    """The ids of each text, control tokens in it read as text, and its bytes."""
+    encoded = []
+    for text in texts:
+        try:
+            # Unlike encode_ordinary it makes no Python list, which threads would make one after the other.
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate: encode_ordinary replaces it by U+FFFD, as long in bytes
+            ids = np.array(encoding.encode_ordinary(text), dtype=np.uint32)
+        encoded.append((ids, len(text.encode("utf-8", "surrogatepass"))))
+    return encoded
 
 
 def batch_texts(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -51,6 +51,14 @@ def fits_context(model: Any, ids: Sequence[int]) -> bool:
     return context is None or len(ids) < context
 
 
+def find_hard_limit(model: Any) -> int | None:
+    """The length beyond which a model fails: that of its table of learned positions; None where it has no table."""
+    config = model.config
+    if any(getattr(config, name, None) is not None for name in ("rope_parameters", "rope_theta")):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
 def get_rank() -> tuple[int, int]:
     """(rank, world size) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -83,7 +91,9 @@ def get_start_token(tokenizer: Any) -> int:
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text after the start token; names of special tokens in a text stay text."""
     start = get_start_token(tokenizer)
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    encoded = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
     return [[start, *ids] for ids in encoded["input_ids"]]
 
 

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from chatmodel.conversations.generated import GENERATED_TASKS
+from chatmodel.conversations.generated import GENERATED_TASKS, WORD_TASKS
 from chatmodel.conversations.identity import load_identity
+from chatmodel.conversations.render import render_prompt
 from chatmodel.data.rows import validation_rows
 from chatmodel.data.store import TokenStore
 from chatmodel.data.words import load_words
@@ -19,7 +20,7 @@ from chatmodel.evaluation.chatcore import ChatLimits, evaluate_chatcore
 from chatmodel.evaluation.core import evaluate_core
 from chatmodel.evaluation.core_tasks import HOW_TO_GET_BUNDLE
 from chatmodel.evaluation.samples import complete_sample_prompts, hold_sample_chats
-from chatmodel.evaluation.scoring import get_device, get_rank, show_progress
+from chatmodel.evaluation.scoring import find_hard_limit, get_device, get_rank, show_progress
 from chatmodel.evaluation.skills import evaluate_skills
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, logger
@@ -51,12 +52,14 @@ class EvalArguments:
     identity: Path | None = field(default=None, metadata={"help": "The YAML file of the training, for 'Identity'."})
     run_generated_code: bool = field(default=False, metadata={"help": "HumanEval: run programs the model wrote."})
     max_new_tokens: int = field(default=512, metadata={"help": "Length of generated replies."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens of a CORE prompt that are kept (its end)."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a CORE prompt that are kept, from its end; by default all."}
+    )
     batch_tokens: int | None = field(
         default=None, metadata={"help": "Tokens in a padded batch; by device if not set."}
     )
     batch_size: int = field(default=32, metadata={"help": "Replies generated side by side."})
-    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16 (autocast); by device if not set."})
+    mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by device if not set."})
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -65,8 +68,6 @@ class EvalArguments:
             raise UserError("give either --run_dir (and --stage), or --model and --output")
         if self.model is not None and self.output is None:
             raise UserError("--model needs --output, the JSON file that the results are written to")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise UserError(f"dtype={self.dtype!r} is neither float32 nor bfloat16")
         if self.eval_bundle is not None and not self.eval_bundle.exists():
             raise UserError(f"eval_bundle {self.eval_bundle} does not exist; leave it out, or {HOW_TO_GET_BUNDLE}")
         for name in ("max_per_task", "max_length", "batch_tokens", "eval_tokens", "document_tokens", "batch_size"):
@@ -96,7 +97,7 @@ def evaluate_base(
         args.eval_bundle,
         max_per_task=args.max_per_task,
         batch_tokens=batch_tokens,
-        max_length=args.max_length,
+        max_length=args.max_length or find_hard_limit(model),
     )
     return {"bpb": bpb, "core": core, "samples": complete_sample_prompts(model, tokenizer)}
 
@@ -143,6 +144,7 @@ def evaluate_chat(
     args: EvalArguments, run: Run | None, model: Any, tokenizer: Any, batch_tokens: int
 ) -> dict[str, Any]:
     """ChatCORE, the taught skills and sample conversations."""
+    render_prompt(tokenizer, [{"role": "user", "content": "a tokenizer that cannot mark turns is refused here"}])
     limits = ChatLimits(args.max_per_task, batch_tokens, args.batch_size, args.max_new_tokens)
     chatcore = evaluate_chatcore(
         model, tokenizer, folder=args.chatcore, limits=limits, run_generated_code=args.run_generated_code
@@ -155,7 +157,7 @@ def evaluate_chat(
             tokenizer,
             names=names,
             num_examples=args.num_skill_examples,
-            words=load_words(args.words),
+            words=load_words(args.words) if set(names) & set(WORD_TASKS) else None,
             identity=load_identity(args.identity) if args.identity else None,
             limits=limits,
         )

@@ -1,0 +1,36 @@
+"""Build the token store of a run ahead of time: `python scripts/prepare_data.py --config CONFIG/pretrain.yaml`.
+
+It takes pretraining's own arguments, and needs the run's tokenizer; pretraining then starts at once.
+"""
+
+from chatmodel.data.store import TokenStore, ensure_token_store
+from chatmodel.runs import Run
+from chatmodel.runtime import entry_point, logger, parse_arguments
+from chatmodel.tokenizer import load_tokenizer
+from chatmodel.training import PretrainArguments
+
+
+def main() -> None:
+    (args,) = parse_arguments(PretrainArguments)
+    run = Run(args.run_dir)
+    tokenizer = load_tokenizer(run.folder("tokenizer"))
+    stores = ensure_token_store(
+        args.dataset,
+        tokenizer,
+        run.folder("data"),
+        max_train_tokens=args.plan(len(tokenizer)).train_tokens,
+        max_validation_tokens=args.eval_tokens,
+    )
+    for store in stores:
+        TokenStore.open(store.folder, check_hash=True)
+        logger.info(
+            "%s: %s tokens of %s documents, %s bytes a token, checked",
+            store.folder,
+            f"{store.num_tokens:,}",
+            f"{store.num_documents:,}",
+            f"{store.manifest['bytes'] / store.num_tokens:.2f}",
+        )
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,240 @@
+import json
+import random
+
+import pytest
+
+from chatmodel.conversations.mixtures import (
+    MixtureEntry,
+    Source,
+    count_rows,
+    load_mixture,
+    mix_rows,
+    open_entry,
+    parse_mixture,
+)
+from chatmodel.conversations.problems import load_problems
+from chatmodel.conversations.render import render_conversation
+from chatmodel.data.words import is_held_out
+from chatmodel.runtime import UserError
+
+WORDS = ["absent", "bright", "candle", "dinner", "engine", "famous", "garden", "hollow", "island", "kettle", "lemon"]
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
+
+
+def write_rows(path, rows) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture
+def talks(tmp_path) -> str:
+    """Seven conversations that can be told apart."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}"}]}
+        for n in range(7)
+    ]
+    return write_rows(tmp_path / "talks.jsonl", rows)
+
+
+def test_rows_labels_and_counts(tokenizer, talks):
+    dataset, counts = load_mixture([{"name": "talks", "path": talks}, "Arithmetic"], tokenizer, max_length=64)
+    assert set(dataset.column_names) == {"input_ids", "labels", "source"}
+    assert [count["name"] for count in counts] == ["talks", "Arithmetic"]
+    assert [count["rows"] for count in counts] == [7, 1000]
+    for count in counts:
+        rows = [row for row in dataset if row["source"] == count["name"]]
+        assert count["rows"] == len(rows)
+        assert count["tokens"] == sum(len(row["input_ids"]) for row in rows)
+        assert count["trained_tokens"] == sum(label != -100 for row in rows for label in row["labels"])
+        assert count["skipped"] == count["cut"] == count["dropped"] == 0
+    talk = render_conversation(tokenizer, [TALK[0] | {"content": "Say 3"}, TALK[1] | {"content": "3"}])
+    row = next(row for row in dataset if row["input_ids"] == talk.input_ids)
+    assert row["labels"] == [i if m else -100 for i, m in zip(talk.input_ids, talk.mask, strict=True)]
+    assert sum(label != -100 for label in row["labels"]) == 2, "the reply's one token and its end"
+
+
+def test_mid_training_labels_everything(tokenizer, talks):
+    dataset, counts = load_mixture([talks], tokenizer, max_length=64, train_on_prompts=True)
+    assert all(row["labels"] == row["input_ids"] for row in dataset)
+    assert counts[0]["trained_tokens"] == counts[0]["tokens"]
+
+
+def test_the_order_is_nanochats(tokenizer, talks):
+    """TaskMixture lists (task, row) pairs and shuffles them with Random(42); epochs are as listing a task twice."""
+    expected = [(task, row) for task in range(3) for row in range(4)]
+    random.Random(42).shuffle(expected)
+    assert mix_rows([4, 4, 4], seed=42) == expected
+    first, _ = load_mixture([talks, {"name": "Identity", "rows": 7}], tokenizer, max_length=64)
+    again, _ = load_mixture([talks, {"name": "Identity", "rows": 7}], tokenizer, max_length=64)
+    other, _ = load_mixture([talks, {"name": "Identity", "rows": 7}], tokenizer, max_length=64, seed=1)
+    assert list(first["input_ids"]) == list(again["input_ids"]) != list(other["input_ids"])
+    assert sorted(first["input_ids"]) == sorted(other["input_ids"])
+    assert list(first["source"]) != sorted(first["source"]), "the tasks are mixed"
+
+
+def test_no_row_without_a_trained_label_leaves(tokenizer, tmp_path):
+    """nanochat's issue 590: conversations whose reply begins behind the cut gave a loss of 0/0."""
+    long = {"messages": [{"role": "user", "content": "word " * 200}, TALK[1]]}
+    half = {"messages": [TALK[0], {"role": "assistant", "content": "word " * 200}]}
+    path = write_rows(tmp_path / "long.jsonl", [long, half, {"messages": TALK}])
+    dataset, counts = load_mixture([path], tokenizer, max_length=32)
+    assert counts[0] | {"tokens": 0, "trained_tokens": 0} == {
+        "name": path,
+        "rows": 2,
+        "tokens": 0,
+        "trained_tokens": 0,
+        "skipped": 0,
+        "cut": 2,
+        "dropped": 1,
+    }
+    assert max(map(len, dataset["input_ids"])) == 32
+    assert all(any(label != -100 for label in row["labels"][1:]) for row in dataset)
+    with pytest.raises(UserError, match="none of the mixture's 1 conversations can be trained on"):
+        load_mixture([write_rows(tmp_path / "only.jsonl", [long])], tokenizer, max_length=32)
+
+
+def test_a_conversation_without_an_assistant_is_named_or_skipped(tokenizer, tmp_path):
+    rows = [{"messages": TALK}, {"messages": TALK[:1]}, {"text": "no conversation"}, {"messages": TALK + TALK}]
+    path = write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(UserError, match=r"bad\.jsonl, row (2: .*no assistant turn|3: .*no conversation)"):
+        load_mixture([path], tokenizer, max_length=64)
+    dataset, counts = load_mixture([path], tokenizer, max_length=64, skip_invalid=True)
+    assert len(dataset) == counts[0]["rows"] == 2
+    assert counts[0]["skipped"] == 2
+
+
+def test_rows_epochs_and_weights():
+    def count(entries, available):
+        sources = [Source(str(n), size, lambda i: TALK, str) for n, size in enumerate(available)]
+        return count_rows(parse_mixture([{"name": str(n)} | entry for n, entry in enumerate(entries)]), sources)
+
+    assert count([{}, {"epochs": 2}, {"epochs": 0.5}], [10, 10, 10]) == [10, 20, 5]
+    assert count([{"epochs": 0.01}], [10]) == [1]
+    # 1,000 + 200 rows stay 1,200, shared 3 : 1; the entry without a weight keeps its own.
+    assert count([{"weight": 3}, {"weight": 1}, {}], [1000, 200, 7]) == [900, 300, 7]
+
+
+def test_repeated_rows_come_in_full_rounds(tokenizer, talks):
+    dataset, _ = load_mixture([{"name": talks, "rows": 3, "epochs": 2}], tokenizer, max_length=64)
+    texts = sorted(map(str, dataset["input_ids"]))
+    assert len(texts) == 6
+    assert len(set(texts)) == 3
+    assert texts[::2] == texts[1::2]
+
+
+def test_fewer_rows_are_a_part_of_more(talks):
+    few, many = (open_entry(MixtureEntry(talks, rows=rows)) for rows in (3, 5))
+    assert [few.read(i) for i in range(3)] == [many.read(i) for i in range(3)]
+    assert few.locate(0) != f"{talks}, row 1", "they are drawn from everywhere in the file"
+
+
+def test_splits_of_generated_tasks():
+    def words_of(entry: MixtureEntry, **options) -> set[str]:
+        source = open_entry(entry, words=WORDS, **options)
+        return {source.read(index)[1]["content"].partition(":")[0] for index in range(50)}
+
+    train, held_out = words_of(MixtureEntry("SimpleSpelling")), words_of(MixtureEntry("SimpleSpelling", split="test"))
+    assert not any(map(is_held_out, train))
+    assert all(map(is_held_out, held_out))
+    assert words_of(MixtureEntry("SimpleSpelling"), split="validation") == held_out
+    assert words_of(MixtureEntry("SimpleSpelling", split="train"), split="validation") == train
+
+
+def test_public_tasks_come_from_the_folder(tokenizer, tmp_path):
+    row = {"question": "1+1?", "answer": "It is <<1+1=2>>2.\n#### 2"}
+    write_rows(tmp_path / "gsm8k_train.jsonl", [row])
+    write_rows(tmp_path / "gsm8k_test.jsonl", [row | {"question": "two?"}, row])
+    for split, size in (("train", 1), ("validation", 2)):
+        dataset, _ = load_mixture(["GSM8K"], tokenizer, max_length=64, chatcore_folder=tmp_path, split=split)
+        assert len(dataset) == size
+    dataset, _ = load_mixture([{"name": "GSM8K", "path": str(tmp_path), "split": "test"}], tokenizer, max_length=64)
+    assert len(dataset) == 2
+
+
+def test_identity_and_word_list_from_a_path(tmp_path):
+    (tmp_path / "who.yaml").write_text("name: Tiny")
+    (tmp_path / "words.txt").write_text("apple\norange\nbanana\nmelon\ncherry\n")
+    who = open_entry(MixtureEntry("Identity", path=str(tmp_path / "who.yaml")))
+    assert any("Tiny" in who.read(index)[1]["content"] for index in range(20))
+    spelling = open_entry(MixtureEntry("SimpleSpelling", path=str(tmp_path / "words.txt")))
+    assert spelling.read(0)[1]["content"][:5] in "apple orange banana melon cherry"
+
+
+@pytest.mark.parametrize(
+    ("entries", "complaint"),
+    [
+        ([], "mixture is empty"),
+        (None, "mixture is empty"),
+        ([{"rows": 3}], "entry 1 has no name"),
+        ([3], "entry 1 has no name"),
+        (["GSM8K", {"name": "X", "wieght": 1}], r"entry 2 \(X\) has the unknown key 'wieght'"),
+        ([{"name": "X", "weight": 0}], "weight 0; give a number above 0"),
+        ([{"name": "X", "weight": -1}], "weight -1"),
+        ([{"name": "X", "epochs": 0}], "epochs 0"),
+        ([{"name": "X", "epochs": "two"}], "epochs 'two'"),
+        ([{"name": "X", "rows": 0}], "rows 0"),
+        ([{"name": "X", "rows": 2.5}], "rows 2.5; give a number above 0, whole"),
+        ([{"name": "X", "rows": True}], "rows True"),
+        ([{"name": "X", "path": 3}], "path 3; it must be text"),
+        ([{"name": "X", "epochs": 1, "weight": 1}], "both epochs and weight"),
+    ],
+)
+def test_wrong_entries_are_named(entries, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse_mixture(entries)
+
+
+def test_what_is_not_there_is_named(tokenizer, tmp_path):
+    def load(entry, **options):
+        return load_mixture([entry], tokenizer, max_length=options.pop("max_length", 64), **options)
+
+    with pytest.raises(UserError, match="'Poetry' is not known"):
+        load("Poetry")
+    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
+        load({"name": "mine", "path": str(tmp_path / "none.jsonl")})
+    with pytest.raises(UserError, match=r"data/none\.jsonl does not exist"):
+        load("data/none.jsonl")
+    with pytest.raises(UserError, match=r"ann/talk \(train\) is absent"):
+        load("ann/talk")
+    with pytest.raises(UserError, match="max_length is 1"):
+        load("Arithmetic", max_length=1)
+
+
+def test_problems_for_reinforcement_learning(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    path = write_rows(tmp_path / "talks.jsonl", [{"messages": [system, *TALK]}])
+    problems = load_problems([{"name": "Arithmetic", "rows": 5}, path])
+    assert len(problems) == 6
+    for row in problems:
+        if row["source"] == "Arithmetic":
+            assert [message["role"] for message in row["prompt"]] == ["user"]
+            assert int(row["answer"]) >= 0
+        else:
+            assert row["prompt"] == [system, TALK[0]]
+            assert row["answer"] == "Hello there"
+    open_ended = write_rows(tmp_path / "open.jsonl", [{"messages": [*TALK, TALK[0]]}])
+    with pytest.raises(UserError, match=r"open\.jsonl, row 1: the conversation does not end with a reply"):
+        load_problems([open_ended])
+
+
+@pytest.mark.data
+def test_every_chat_file_renders(tokenizer, data_root):
+    sizes = {
+        "cot_train": 25_970,
+        "gsm8k_train": 7_473,
+        "instruct_mixed": 10_185,
+        "openstax_exercises": 12_756,
+        "sgd_dialogues": 6_000,
+        "stackexchange_qa": 1_229,
+        "svamp_asdiv": 2_535,
+        "t0_tasks": 12_000,
+        "taskmaster4": 3_677,
+        "topical_chat": 2_156,
+    }
+    for name, size in sizes.items():
+        source = open_entry(MixtureEntry(name, path=str(data_root / "chat" / f"{name}.jsonl.gz")))
+        assert source.count == size
+        entry = {"name": name, "path": str(data_root / "chat" / f"{name}.jsonl.gz"), "rows": 50}
+        dataset, counts = load_mixture([entry], tokenizer, max_length=4096)
+        assert len(dataset) == 50 - counts[0]["dropped"]
+        assert counts[0]["skipped"] == 0
