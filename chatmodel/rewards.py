@@ -32,18 +32,14 @@ def reward_form(completions: Sequence[Completion], **columns: Any) -> list[float
     return rewards
 
 
-def reward_spelling(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
-    """The share of letters in their place, 0 to 1, of the longer of completion and answer; both as "cat:c,a,t"."""
+def reward_spelling(completions: Sequence[Completion], word: Sequence[str], **columns: Any) -> list[float]:
+    """The share of letters in their place in "cat:c,a,t", of the longer of the word and what is spelled: 0 to 1."""
     rewards = []
-    for completion, expected in zip(completions, answer, strict=True):
-        letters, wanted = _spelled_letters(_text(completion)), _spelled_letters(expected)
-        right = sum(letter == other for letter, other in zip(letters, wanted, strict=False))
-        rewards.append(right / max(len(letters), len(wanted)))
+    for completion, expected in zip(completions, word, strict=True):
+        letters = _text(completion).rpartition(":")[2].strip().split(",")
+        right = sum(letter == wanted for letter, wanted in zip(letters, expected, strict=False))
+        rewards.append(right / max(len(letters), len(expected)))
     return rewards
-
-
-def _spelled_letters(text: str) -> list[str]:
-    return text.rpartition(":")[2].strip().split(",")
 
 
 def _text(completion: Completion) -> str:

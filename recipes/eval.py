@@ -50,20 +50,21 @@ def measure(
 
 def main() -> None:
     (args,) = parse_arguments(EvalArguments)
+    run = None if args.run_dir is None else Run(args.run_dir)
+    stage = None if run is None else run.begin(f"{args.stage}_eval")
+    if run is not None and stage is None:
+        return
     accelerator = Accelerator()  # PartialState alone would overlook several ranks on CPUs
-    if args.run_dir is None:
-        metrics = measure(args, None, *load_any_model(args), accelerator)
-        if accelerator.is_main_process:
-            write_json(args.output, {"model": args.model, "environment": describe_environment(), "metrics": metrics})
+    if run is None:
+        model, tokenizer = load_any_model(args)
     else:
-        run = Run(args.run_dir)
-        stage = run.begin(f"{args.stage}_eval")
-        if stage is None:
-            return
         folder = run.folder(args.stage)
-        metrics = measure(args, run, load_model(folder, dtype=torch.float32), load_tokenizer(folder), accelerator)
-        if accelerator.is_main_process:
-            stage.finish(metrics)
+        model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    metrics = measure(args, run, model, tokenizer, accelerator)
+    if accelerator.is_main_process and stage is not None:
+        stage.finish(metrics)
+    elif accelerator.is_main_process:
+        write_json(args.output, {"model": args.model, "environment": describe_environment(), "metrics": metrics})
     accelerator.end_training()  # closes the process group
 
 

@@ -50,12 +50,12 @@ def test_mmlu_also_wrapped_as_on_the_hub(row):
 
 
 def test_gsm8k_annotations_become_calculator_calls():
-    answer = "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nIn 50: <<50*0.2=10>><<10>>10.\n#### 1,010"
+    answer = "Weng earns 12/60 = $<<12/60=6/30=0.2>>0.2 per minute.\nIn 50: <<50*0.2=10>><<10>>10.\n#### 1,010"
     messages = task_messages("GSM8K", {"question": "How much?", "answer": answer})
     assert messages[0] == {"role": "user", "content": "How much?"}
     assert messages[1]["content"] == [
         {"type": "text", "text": "Weng earns 12/60 = $"},
-        {"type": "python", "text": "12/60"},
+        {"type": "python", "text": "12/60=6/30"},
         {"type": "python_output", "text": "0.2"},
         {"type": "text", "text": "0.2 per minute.\nIn 50: "},
         {"type": "python", "text": "50*0.2"},

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import re
 
 import pytest
@@ -76,6 +78,13 @@ def test_spelling_bee_is_nanochats():
         {"type": "text", "text": "\n\nPython gives us 3.\n\nMy final answer is:\n\n#### 3"},
     ]
     assert len(QUESTIONS) == 51
+    every = [
+        generate_conversation("SpellingBee", index, split=split, words=words)
+        for split in ("train", "test")
+        for index in range(300)
+    ]
+    digest = hashlib.sha256(json.dumps(every).encode()).hexdigest()
+    assert digest == "6c8243b58cc3ff941c16e64e81ade66c3c65742d5358805647795597bdc57632", "of nanochat's 600"
 
 
 def test_simple_spelling_has_nanochats_form():
@@ -198,6 +207,9 @@ def test_identity_needs_the_fact_asked_for():
     ann = Identity(name="annbot", maker="Ann")
     assert check_reply("Identity", messages, "It was ann who made me.", identity=ann)
     assert not check_reply("Identity", messages, "I was made by Bob.", identity=ann)
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": f"I am annbot, {ann.kind}."}]
+    assert check_reply("Identity", messages, "Annbot here.", identity=ann)
+    assert not check_reply("Identity", messages, f"I am {ann.kind}.", identity=ann), "the kind is said by the way"
 
 
 def test_identity_from_a_file(tmp_path):

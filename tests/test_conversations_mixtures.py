@@ -12,7 +12,6 @@ from chatmodel.conversations.mixtures import (
     open_entry,
     parse_mixture,
 )
-from chatmodel.conversations.problems import load_problems
 from chatmodel.conversations.render import render_conversation
 from chatmodel.data.words import is_held_out
 from chatmodel.runtime import UserError
@@ -198,23 +197,6 @@ def test_what_is_not_there_is_named(tokenizer, tmp_path):
         load("ann/talk")
     with pytest.raises(UserError, match="max_length is 1"):
         load("Arithmetic", max_length=1)
-
-
-def test_problems_for_reinforcement_learning(tmp_path):
-    system = {"role": "system", "content": "Be brief."}
-    path = write_rows(tmp_path / "talks.jsonl", [{"messages": [system, *TALK]}])
-    problems = load_problems([{"name": "Arithmetic", "rows": 5}, path])
-    assert len(problems) == 6
-    for row in problems:
-        if row["source"] == "Arithmetic":
-            assert [message["role"] for message in row["prompt"]] == ["user"]
-            assert int(row["answer"]) >= 0
-        else:
-            assert row["prompt"] == [system, TALK[0]]
-            assert row["answer"] == "Hello there"
-    open_ended = write_rows(tmp_path / "open.jsonl", [{"messages": [*TALK, TALK[0]]}])
-    with pytest.raises(UserError, match=r"open\.jsonl, row 1: the conversation does not end with a reply"):
-        load_problems([open_ended])
 
 
 @pytest.mark.data

@@ -1,8 +1,10 @@
 """One name, three places: which of them a data set is taken from."""
 
+import importlib.metadata
+
 import pytest
 
-from chatmodel.data import corpus
+from chatmodel.data import corpus, embedded
 from chatmodel.data.corpus import describe_corpus, is_hub_name, stream_documents
 from chatmodel.data.embedded import ensure_embedded_corpus
 from chatmodel.runtime import UserError
@@ -12,7 +14,8 @@ from chatmodel.runtime import UserError
 def small_embedded(tmp_path, monkeypatch):
     """The embedded corpus of two small packages."""
     folder = ensure_embedded_corpus(cache=tmp_path, train_packages=("tqdm",), validation_packages=("filelock",))
-    monkeypatch.setattr(corpus, "ensure_embedded_corpus", lambda: folder)
+    for module in (corpus, embedded):
+        monkeypatch.setattr(module, "ensure_embedded_corpus", lambda: folder)
     return folder
 
 
@@ -50,6 +53,11 @@ def test_embedded(small_embedded):
     assert len(train) > 5
     assert len(validation) > 5
     assert not set(train).intersection(validation)
+    description = describe_corpus("embedded")
+    assert description["name"] == "embedded"
+    assert description["documents"] == {"train": len(train), "validation": len(validation)}
+    assert description["packages"]["train"] == f"tqdm {importlib.metadata.version('tqdm')}"
+    assert description["packages"]["validation"].startswith("filelock ")
 
 
 def test_unknown_split():

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from chatmodel.data import embedded
-from chatmodel.data.documentation import SourceFile, is_wanted, read_documents
+from chatmodel.data.documentation import SourceFile, compose_documents, is_wanted, read_documents
 from chatmodel.data.duplicates import WORD
 from chatmodel.data.embedded import Document, ensure_embedded_corpus, find_versions, select_documents
 from chatmodel.runtime import UserError
@@ -146,6 +146,19 @@ add_docstring(Thing, """{SENTENCES.replace("sentence", "literal")}""")
     documents = read_documents(write_source(tmp_path, "thing.py", source))
     assert [d.split()[2] for d in documents] == ["module", "class", "literal"]
     assert documents[1].endswith("\n\nThe method of the class that does all of it in the end.")
+
+
+def test_long_texts_are_cut_between_paragraphs():
+    paragraphs = [
+        f"{n}: " + "these are the words of a paragraph that is one of many of its kind " * 3 for n in range(12)
+    ]
+    documents = compose_documents(["\n\n".join(paragraphs[:7]), "- an item of this list\n- an item of that list"])
+    assert [document.count("these are") // 3 for document in documents] == [5, 2]
+    assert documents[1].endswith("\n\n- an item of this list\n- an item of that list")
+    # A rest that is too short to stand alone stays with what it follows; alone it is dropped.
+    rest = "This is but a sentence that follows the long text."
+    assert [d.endswith(rest) for d in compose_documents(["\n\n".join(paragraphs[:5]), rest])] == [True]
+    assert compose_documents([rest]) == []
 
 
 def test_files_that_cannot_be_used_give_nothing(tmp_path):

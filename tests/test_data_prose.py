@@ -79,12 +79,20 @@ def test_markdown():
 ```python
 this = "would be a sentence if it was not in a fence"
 ```
+> [!WARNING]
+> This is what you should not do with it,
+> as all of us have learned.
+>
+> A second paragraph of the quotation is here as well.
+
 - The first of the items in a list, with
   its second line.
 - x = 1
 """
     assert clean_markup(text) == [
         "It is the library for tables that you have been missing.",
+        "This is what you should not do with it, as all of us have learned.",
+        "A second paragraph of the quotation is here as well.",
         "- The first of the items in a list, with its second line.",
     ]
 
@@ -95,7 +103,7 @@ def test_literal_blocks_and_attributes_in_running_text():
 
         result = call_it(with_all, of_it, and_more)
 
-    Then use .items of the result, as it is in the docs.
+    Then use .items of the result, as it is in the docs (https://example.org/a.b?c=d).
     """
     assert clean_markup(text) == [
         "Call it like this when you want to have all of it:",

@@ -32,10 +32,9 @@ def test_form():
 
 
 def test_spelling():
-    answer = "cat:c,a,t"
     graded = {"cat:c,a,t": 1.0, "c,a,t": 1.0, "cat:c,a": 2 / 3, "cat:c,o,t": 2 / 3, "cat:c,a,t,s,x,y": 0.5}
     graded |= {"cat:": 0.0, "": 0.0, "dog:d,o,g": 0.0, "cat:a,c,t": 1 / 3}
-    assert reward_spelling(list(graded), [answer] * len(graded)) == list(graded.values())
+    assert reward_spelling(list(graded), ["cat"] * len(graded)) == list(graded.values())
 
 
 def test_all_take_what_trl_hands_over():
@@ -44,4 +43,4 @@ def test_all_take_what_trl_hands_over():
     assert len(functions) == 3
     for function in functions:
         columns = {"prompts": ["?"], "completion_ids": [[1]], "source": ["x"], "trainer_state": None}
-        assert function(completions=["#### 1"], answer=["1"], **columns)[0] in (0.0, 1.0)
+        assert function(completions=["#### 1"], answer=["1"], word=["cat"], **columns)[0] in (0.0, 1.0)

@@ -41,7 +41,7 @@ MIN_QUOTED_SHARE = (
 TEXT_SUFFIXES = {".rst", ".md", ".txt"}
 MAX_FILE_BYTES = 3_000_000
 LONG_LITERAL = 400  # characters from which a string handed to a function at module level counts as documentation
-DOCUMENT_CHARS = 6_000  # a long class is cut into documents of about this size, so that none drowns the others
+DOCUMENT_CHARS = 1_000  # a class is cut after so much, which a row of 256 tokens holds; see `BestFitPlan` for why
 MIN_DOCUMENT_WORDS = 40
 
 
@@ -132,15 +132,22 @@ def docstrings_of(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -
             yield from docstrings_of(inner)
 
 
-def compose_documents(texts: list[str]) -> Iterator[str]:
-    """Clean the texts and join them into documents of about `DOCUMENT_CHARS`; too short ones are dropped."""
-    parts: list[str] = []
+def compose_documents(texts: list[str]) -> list[str]:
+    """Clean the texts and join them into documents of about `DOCUMENT_CHARS`; one that stays too short is dropped."""
+    documents = [""]
+    previous = ""
     for paragraph in (paragraph for text in texts for paragraph in clean_markup(text)):
-        follows_item = parts and BULLET.match(paragraph) and BULLET.match(parts[-1])
-        parts.append(("\n" if follows_item else "\n\n" if parts else "") + paragraph)
-        if sum(map(len, parts)) > DOCUMENT_CHARS:
-            yield "".join(parts)
-            parts = []
-    document = "".join(parts)
-    if len(document.split()) >= MIN_DOCUMENT_WORDS:
-        yield document
+        if len(documents[-1]) >= DOCUMENT_CHARS:
+            documents.append("")
+        follows_item = BULLET.match(paragraph) and BULLET.match(previous)
+        separator = "" if not documents[-1] else "\n" if follows_item else "\n\n"
+        documents[-1] += separator + paragraph
+        previous = paragraph
+    if len(documents) > 1 and not is_long_enough(documents[-1]):
+        documents[-2:] = ["\n\n".join(documents[-2:])]
+    return [document for document in documents if is_long_enough(document)]
+
+
+def is_long_enough(document: str) -> bool:
+    """Whether a document has the words to be one."""
+    return len(document.split()) >= MIN_DOCUMENT_WORDS

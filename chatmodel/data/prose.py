@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 # How a line can begin something that is not prose.
+QUOTE = re.compile(r"^\s*>\s?(?:\[!\w+\])?(?!>)")
 FENCE = re.compile(r"\s*(```|~~~)")
 DOCTEST = re.compile(r"\s*(>>>|In \[\d*\]:|\$ )")
 DIRECTIVE = re.compile(r"\s*\.\.\s+(?:([\w-]+)::\s*(.*)|\S.*)$")
@@ -48,7 +49,7 @@ INLINE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![\w*])\*([^*\s][^*\n]*)\*(?![\w*])", r"\1", 0),
         (r"(?<!\w)_([^_\s][^_\n]*)_(?!\w)", r"\1", 0),
         (r"\\([*_`|<>])", r"\1", 0),
-        (r"\s*<?\b(?:https?|ftp)://[^\s>)]+>?", "", 0),
+        (r"\s*<?\b(?:https?|ftp)://[^\s>)]*[^\s>).,;:]>?", "", 0),
         (r"\(\s*\)", "", 0),
         (r"[ \t]+([.,;:])(?=\s|$)", r"\1", 0),
         (r"[ \t]{2,}", " ", 0),
@@ -222,8 +223,9 @@ def join_lines(lines: list[str]) -> list[str]:
     """Paragraphs, unwrapped: a blank line, a list item or a parameter entry begins a new one."""
     paragraphs: list[list[str]] = [[]]
     for line in lines:
-        start, text = begin_of_item(line)
-        if start or not line.strip():
+        unquoted = QUOTE.sub("", line, count=1)
+        start, text = begin_of_item(unquoted)
+        if start or not unquoted.strip():
             paragraphs.append([])
         if text:
             paragraphs[-1].append(text)

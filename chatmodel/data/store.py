@@ -353,7 +353,7 @@ def find_mismatch(
         )
     if store.manifest["tokenizer"] != hash_tokenizer(tokenizer):
         return "was made with another tokenizer"
-    if not store.manifest["exhausted"] and (max_tokens is None or store.num_tokens < max_tokens):
+    if not store.manifest["exhausted"] and (max_tokens is None or store.manifest["max_tokens"] < max_tokens):
         asked = "all there are" if max_tokens is None else f"{max_tokens:,}"
         return f"holds {store.num_tokens:,} tokens, but {asked} are asked for"
     return None

@@ -1,0 +1,180 @@
+"""The rows that a model sees: shapes, labels, ranks, resuming, validation."""
+
+import copy
+import json
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from chatmodel.data.rows import PACKINGS, PackedRows, validation_rows
+from chatmodel.data.store import TokenStore
+from chatmodel.runtime import UserError
+
+BOS = 999
+
+
+def make_store(lengths: list[int], dtype=np.uint16) -> TokenStore:
+    """Documents whose tokens are all different: document i begins with BOS and goes on with i * 100 + 1, ..."""
+    documents = [[BOS, *(1_000 + number * 100 + n for n in range(1, length))] for number, length in enumerate(lengths)]
+    offsets = np.cumsum([0, *lengths])
+    return TokenStore(Path("a-store"), {}, np.array(list(chain(*documents)), dtype=dtype), offsets)
+
+
+@pytest.fixture
+def store() -> TokenStore:
+    return make_store(np.random.default_rng(0).integers(2, 40, size=80).tolist())
+
+
+def take_rows(rows: PackedRows, number: int) -> list[dict[str, torch.Tensor]]:
+    iterator = iter(rows)
+    return [next(iterator) for _ in range(number)]
+
+
+def as_lists(rows) -> list[list[int]]:
+    return [[*row["input_ids"].tolist(), row["shift_labels"][-1].item()] for row in rows]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_shapes_and_labels(packing, dtype):
+    store = make_store([9, 17, 30, 4, 12], dtype)
+    for row in take_rows(PackedRows(store, sequence_length=16, packing=packing), 20):
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in row.items()} == {
+            "input_ids": ((16,), torch.int64),
+            "shift_labels": ((16,), torch.int64),
+        }
+        assert torch.equal(row["input_ids"][1:], row["shift_labels"][:-1])
+        assert int(row["shift_labels"].min()) >= 0
+
+
+def test_best_fit_row_by_hand():
+    # A row reads 8 tokens: the documents of 5 and 3, in this order, fill it.
+    row = next(iter(PackedRows(make_store([3, 5]), sequence_length=7)))
+    assert row["input_ids"].tolist() == [BOS, 1101, 1102, 1103, 1104, BOS, 1001]
+    assert row["shift_labels"].tolist() == [1101, 1102, 1103, 1104, BOS, 1001, 1002]
+
+
+def test_best_fit_rows_begin_with_a_document(store):
+    rows = take_rows(PackedRows(store, sequence_length=31, packing="best_fit"), 100)
+    assert all(row["input_ids"][0] == BOS for row in rows)
+
+
+def test_contiguous_rows_are_the_store(store):
+    rows = PackedRows(store, sequence_length=16, packing="contiguous", epochs=1)
+    text = "".join(f" {token}" for token in store.tokens)
+    lists = as_lists(rows)
+    assert len(lists) == (store.num_tokens - 1) // 16
+    assert all("".join(f" {token}" for token in row) in text for row in lists)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_rows_of_one(store, packing, world_size):
+    options = {"sequence_length": 16, "packing": packing, "epochs": 1}
+    whole = as_lists(PackedRows(store, **options))
+    ranks = [as_lists(PackedRows(store, rank=r, world_size=world_size, **options)) for r in range(world_size)]
+    assert {len(rows) for rows in ranks} == {len(whole) // world_size}
+    for rank, rows in enumerate(ranks):
+        assert rows == whole[rank::world_size][: len(rows)]
+    texts = [token for rows in ranks for row in rows for token in row[:-1] if token != BOS]
+    assert len(set(texts)) == len(texts)  # no token is an input twice
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_resuming_is_exact_at_every_row(store, packing):
+    options = {"sequence_length": 24, "packing": packing, "rank": 1, "world_size": 2, "seed": 7, "buffer_documents": 9}
+    uninterrupted = PackedRows(store, **options)
+    iterator = iter(uninterrupted)
+    states, rows = [], []
+    for _ in range(80):  # more than one epoch
+        states.append(json.dumps(uninterrupted.state_dict()))
+        rows.append(next(iterator))
+    assert uninterrupted.epoch >= 1
+    expected = as_lists(rows)
+    for number, state in enumerate(states):
+        resumed = PackedRows(store, **options)
+        resumed.load_state_dict(json.loads(state))
+        assert as_lists(take_rows(resumed, 80 - number)) == expected[number:]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_state_holds_for_another_number_of_ranks(store, packing):
+    options = {"sequence_length": 24, "packing": packing}
+    expected = as_lists(take_rows(PackedRows(store, **options), 24))
+    pair = [PackedRows(store, rank=rank, world_size=2, **options) for rank in range(2)]
+    states = [take_rows(rows, 6) and rows.state_dict() for rows in pair]
+    assert states[0] == states[1]
+    four = [PackedRows(store, rank=rank, world_size=4, **options) for rank in range(4)]
+    for rows in four:
+        rows.load_state_dict(copy.deepcopy(states[0]))
+    given = [as_lists(take_rows(rows, 3)) for rows in four]
+    assert [given[n % 4][n // 4] for n in range(12)] == expected[12:]
+
+
+def test_state_is_a_copy_and_small():
+    store = make_store([2] * 5_000, np.uint32)
+    rows = PackedRows(store, sequence_length=3)
+    iterator = iter(rows)
+    next(iterator)
+    state = rows.state_dict()
+    before = json.dumps(state)
+    next(iterator)
+    assert json.dumps(state) == before
+    assert len(before) < 10_000
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_under_a_data_loader(store, packing):
+    expected = take_rows(PackedRows(store, sequence_length=16, packing=packing), 8)
+    rows = PackedRows(store, sequence_length=16, packing=packing)
+    loader = iter(DataLoader(rows, batch_size=4))
+    batch = next(loader)
+    assert batch["input_ids"].shape == batch["shift_labels"].shape == (4, 16)
+    assert torch.equal(batch["input_ids"], torch.stack([row["input_ids"] for row in expected[:4]]))
+    # Nothing is read ahead: the state is that behind the batch, and a new loader goes on there.
+    resumed = PackedRows(store, sequence_length=16, packing=packing)
+    resumed.load_state_dict(rows.state_dict())
+    single = next(iter(DataLoader(resumed, batch_size=None)))
+    assert torch.equal(single["input_ids"], expected[4]["input_ids"])
+    assert torch.equal(next(iter(DataLoader(rows, batch_size=1)))["input_ids"][0], expected[4]["input_ids"])
+
+
+def test_refusals(store):
+    with pytest.raises(UserError, match=r"sequence_length 16 is longer than the data: .*a-store holds only 16 tokens"):
+        PackedRows(make_store([16]), sequence_length=16)
+    PackedRows(make_store([17]), sequence_length=16)
+    with pytest.raises(UserError, match="sequence_length is 0"):
+        PackedRows(store, sequence_length=0)
+    with pytest.raises(UserError, match="packing 'tight' is unknown; choose best_fit or contiguous"):
+        PackedRows(store, sequence_length=16, packing="tight")
+    rows = PackedRows(store, sequence_length=16)
+    for name, value in (("packing", "contiguous"), ("sequence_length", 32)):
+        with pytest.raises(UserError, match=f"made with {name} {value}, now it is"):
+            rows.load_state_dict(rows.state_dict() | {name: value})
+
+
+def test_validation_rows_by_hand():
+    store = make_store([4, 3])  # BOS 1001 1002 1003 BOS 1101 1102
+    rows = list(validation_rows(store, sequence_length=4))
+    assert [row["input_ids"].tolist() for row in rows] == [[BOS, 1001, 1002, 1003], [BOS, 1101, 0, 0]]
+    assert [row["shift_labels"].tolist() for row in rows] == [[1001, 1002, 1003, BOS], [1101, 1102, -100, -100]]
+    assert rows[0]["input_ids"].dtype == rows[0]["shift_labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(None, 6), (100, 6), (6, 6), (5, 5), (4, 4), (1, 1)])
+def test_validation_labels_are_counted(max_tokens, expected):
+    rows = list(validation_rows(make_store([4, 3]), sequence_length=4, max_tokens=max_tokens))
+    labels = torch.cat([row["shift_labels"] for row in rows])
+    assert int((labels >= 0).sum()) == expected
+    assert len(labels) == -(-expected // 4) * 4
+
+
+def test_validation_shorter_than_a_row():
+    (row,) = validation_rows(make_store([3]), sequence_length=8)
+    assert row["shift_labels"].tolist() == [1001, 1002] + [-100] * 6
+    with pytest.raises(UserError, match="sequence_length is -1"):
+        next(validation_rows(make_store([3]), sequence_length=-1))
