@@ -87,6 +87,13 @@ class RunPlan:
             )
         return accumulation
 
+    def describe(self) -> str:
+        """The plan in a sentence."""
+        return (
+            f"{self.recipe} recipe at depth {self.depth}: {self.parameters:,} parameters, {self.steps:,} steps of "
+            f"{self.total_batch_tokens:,} tokens, {self.train_tokens:,} tokens in all, {self.total_flops:.3e} FLOPs"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for `plan.json` and the report."""
         return asdict(self)

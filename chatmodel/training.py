@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from chatmodel.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model_folder
 from chatmodel.data.rows import PackedRows, validation_rows
@@ -123,6 +123,20 @@ class TrainState:
         return self.smooth_loss / (1 - 0.9**self.step) if self.step else math.nan
 
 
+def open_stores(args: PretrainArguments, plan: RunPlan, tokenizer: Any, run: Run) -> tuple[TokenStore, TokenStore]:
+    """The token stores a run trains and validates on, built where they are not there yet."""
+    return ensure_token_store(
+        args.dataset,
+        tokenizer,
+        run.folder("data"),
+        # Best-fit rows leave out the ends of long documents, so more text is read than is trained on.
+        max_train_tokens=int(1.5 * plan.train_tokens),
+        max_validation_tokens=args.eval_tokens,
+        text_column=args.text_column,
+        rebuild=latest_checkpoint(run.checkpoints("base")) is None,
+    )
+
+
 class Pretraining:
     """One pretraining run: its parts are built once and then driven by `train`."""
 
@@ -130,8 +144,11 @@ class Pretraining:
         self.args, self.run, self.accelerator = args, run, accelerator
         self.tokenizer = load_tokenizer(run.folder("tokenizer"))
         self.plan = args.plan(len(self.tokenizer))
+        self.checkpoints = run.checkpoints("base")
         self.accumulation = self.plan.accumulation_steps(args.device_batch_size, accelerator.num_processes)
-        self.train_store, self.validation_store = self._open_stores()
+        with accelerator.main_process_first():
+            stores = open_stores(args, self.plan, self.tokenizer, run)
+        self.train_store, self.validation_store = stores
         self.token_bytes = token_byte_lengths(self.tokenizer).to(accelerator.device)
 
         torch.manual_seed(args.seed)
@@ -163,19 +180,7 @@ class Pretraining:
         )
         self.state = TrainState()
         accelerator.register_for_checkpointing(self.state)
-        self.checkpoints = run.checkpoints("base")
         self.stop_requested = False
-
-    def _open_stores(self) -> tuple[TokenStore, TokenStore]:
-        with self.accelerator.main_process_first():
-            return ensure_token_store(
-                self.args.dataset,
-                self.tokenizer,
-                self.run.folder("data"),
-                max_train_tokens=self.plan.train_tokens,
-                max_validation_tokens=self.args.eval_tokens,
-                text_column=self.args.text_column,
-            )
 
     def train(self) -> None:
         """Run the remaining steps, with measurements and checkpoints on the way."""
@@ -272,9 +277,10 @@ class Pretraining:
         self.model.eval()
         results: dict[str, float] = {"step": step, "val_bpb": self._validation_bpb()}
         if self.args.eval_bundle is not None and step and (last or step % self.args.core_every == 0):
-            core = evaluate_core(
-                self.model, self.tokenizer, self.args.eval_bundle, max_per_task=self.args.core_max_per_task
-            )
+            with self.accelerator.autocast():
+                core = evaluate_core(
+                    self.model, self.tokenizer, self.args.eval_bundle, max_per_task=self.args.core_max_per_task
+                )
             results["core"] = core["core"]
         if step and not last and step % self.args.sample_every == 0:
             for sample in self.sample():
@@ -293,9 +299,10 @@ class Pretraining:
                 max_tokens=self.args.eval_tokens,
             )
         )[self.accelerator.process_index :: self.accelerator.num_processes]
-        loader = DataLoader(rows, batch_size=self.args.device_batch_size)
+        size = self.args.device_batch_size
+        batches = (default_collate(rows[begin : begin + size]) for begin in range(0, len(rows), size))
         with self.accelerator.autocast():
-            return bits_per_byte(self.model, loader, self.token_bytes)
+            return bits_per_byte(self.model, batches, self.token_bytes)
 
     def sample(self) -> list[dict[str, str]]:
         """Completions of the sample prompts."""

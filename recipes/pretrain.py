@@ -3,6 +3,7 @@
 import json
 
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, choose_precision, entry_point, logger, parse_arguments
@@ -11,7 +12,9 @@ from chatmodel.training import PretrainArguments, Pretraining
 
 
 def build_accelerator(args: PretrainArguments) -> Accelerator:
-    precision = choose_precision(PartialState().device, args.mixed_precision)
+    # Accelerator reads this flag itself, but the precision must be known before there is one.
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    precision = choose_precision(device, args.mixed_precision)
     try:
         return Accelerator(mixed_precision=precision, log_with=args.tracker, project_dir=args.run_dir)
     except (ValueError, ImportError) as error:
@@ -25,14 +28,18 @@ def main() -> None:
     run = Run(args.run_dir)
     if args.dry_run:
         plan = args.plan(len(load_tokenizer(run.folder("tokenizer"))))
-        logger.info(json.dumps(plan.as_dict(), indent=2))
+        logger.info(
+            "%s\n%s",
+            json.dumps({"plan": plan.as_dict(), "arguments": vars(args)}, indent=2, default=str),
+            plan.describe(),
+        )
         return
     stage = run.begin("base")
     if stage is None:
         return
     accelerator = build_accelerator(args)
     pretraining = Pretraining(args, run, accelerator)
-    logger.info("%s", json.dumps(pretraining.plan.as_dict()))
+    logger.info("%s", pretraining.plan.describe())
     if args.tracker:
         accelerator.init_trackers("chatmodel", config=stage.settings)
     pretraining.train()

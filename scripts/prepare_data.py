@@ -3,24 +3,18 @@
 It takes pretraining's own arguments, and needs the run's tokenizer; pretraining then starts at once.
 """
 
-from chatmodel.data.store import TokenStore, ensure_token_store
+from chatmodel.data.store import TokenStore
 from chatmodel.runs import Run
 from chatmodel.runtime import entry_point, logger, parse_arguments
 from chatmodel.tokenizer import load_tokenizer
-from chatmodel.training import PretrainArguments
+from chatmodel.training import PretrainArguments, open_stores
 
 
 def main() -> None:
     (args,) = parse_arguments(PretrainArguments)
     run = Run(args.run_dir)
     tokenizer = load_tokenizer(run.folder("tokenizer"))
-    stores = ensure_token_store(
-        args.dataset,
-        tokenizer,
-        run.folder("data"),
-        max_train_tokens=args.plan(len(tokenizer)).train_tokens,
-        max_validation_tokens=args.eval_tokens,
-    )
+    stores = open_stores(args, args.plan(len(tokenizer)), tokenizer, run)
     for store in stores:
         TokenStore.open(store.folder, check_hash=True)
         logger.info(

@@ -13,7 +13,7 @@ LAYERS = [  # lowest first
     {"runs", "scaling", "tokenizer", "losses"},
     {"data", "optim", "tokenizer_comparison"},
     {"conversations", "checkpoint"},
-    {"generation", "rewards"},
+    {"generation", "rewards", "posttraining"},
     {"evaluation"},
     {"training"},
     {"report"},
