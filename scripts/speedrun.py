@@ -28,7 +28,7 @@ TRAINING_STAGES = ("base", "mid", "sft", "rl")
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--preset", default="cpu", help="a folder of recipes/configs, e.g. cpu or h200")
+    parser.add_argument("--preset", default="cpu", help="a folder of recipes/configs, or the path of your own")
     parser.add_argument("--run_dir", type=Path, help="the run folder; by default runs/<preset>")
     parser.add_argument("--dataset", help="text: a Hub name, a folder, or 'embedded'; by default the preset's")
     parser.add_argument("--eval_bundle", type=Path, help="CORE bundle, zip or folder")
@@ -36,12 +36,25 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--max_per_task", type=int, help="examples of each CORE and ChatCORE task")
     parser.add_argument("--accelerate_config", type=Path, help="launch training stages with this Accelerate file")
     parser.add_argument("--hourly_rate", type=float, help="price of the machine in USD, for the report")
-    return parser.parse_args()
+    args = parser.parse_args()
+    # Stages run in the project's folder, wherever this command was given.
+    for option in ("dataset", "eval_bundle", "chatcore", "accelerate_config"):
+        value = getattr(args, option)
+        if value is not None and Path(value).exists():
+            setattr(args, option, type(value)(Path(value).resolve()))
+    return args
+
+
+def find_preset(preset: str) -> Path:
+    for folder in (ROOT / "recipes" / "configs" / preset, Path(preset).resolve()):
+        if (folder / "pretrain.yaml").is_file():
+            return folder
+    raise UserError(f"preset {preset!r} is neither a folder of recipes/configs nor a path to one with pretrain.yaml")
 
 
 def build_command(stage: tuple[str, str, str, tuple[str, ...]], args: argparse.Namespace, run: Run) -> list[str]:
     name, recipe, config, flags = stage
-    command = [str(ROOT / "recipes" / recipe), "--config", str(ROOT / "recipes" / "configs" / args.preset / config)]
+    command = [str(ROOT / "recipes" / recipe), "--config", str(find_preset(args.preset) / config)]
     command += ["--run_dir", str(run.run_dir), *flags]
     if args.dataset and name in ("tokenizer", "base"):
         command += ["--dataset", args.dataset]
@@ -73,9 +86,7 @@ def show_conversation(run: Run) -> None:
 
 def main() -> None:
     args = read_arguments()
-    if not (ROOT / "recipes" / "configs" / args.preset).is_dir():
-        raise UserError(f"preset {args.preset!r} is no folder of recipes/configs")
-    run = Run((args.run_dir or Path("runs") / args.preset).resolve())
+    run = Run((args.run_dir or Path("runs") / find_preset(args.preset).name).resolve())
     began = time.monotonic()
     for number, stage in enumerate(STAGES, start=1):
         name, command = stage[0], build_command(stage, args, run)
