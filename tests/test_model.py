@@ -27,7 +27,7 @@ def test_cached_generation_gives_the_same_tokens(model):
     settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, use_cache=False, **settings)
     assert torch.equal(model.generate(ids, **settings), expected)
-    assert torch.equal(model.generate(ids, cache_implementation="static", **settings), expected)
+    assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **settings), expected)
 
 
 def test_one_token_at_a_time_gives_the_same_logits(model):
@@ -101,7 +101,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, reentrant):
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     expected = gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
 

@@ -19,7 +19,7 @@ from chatmodel.report.as_markdown import write_markdown
 from chatmodel.report.code_size import find_repository
 from chatmodel.report.document import Document, Facts, NotRun, Section, Table, Transcript
 from chatmodel.report.render import build_document
-from chatmodel.report.results import load_results
+from chatmodel.report.results import DEFAULT_CONFIGS, STAGE_COMMANDS, load_results
 from chatmodel.runs import STAGE_INPUTS, Run
 from chatmodel.runtime import UserError, entry_point, write_json
 
@@ -123,11 +123,11 @@ def test_awkward_samples_reach_both_files(tmp_path):
     markdown, page = render_report(write_run(tmp_path, records))
     assert r"| 0 | p\|q | &lt;b&gt;\|<br>\`\`\`<br> |" in markdown.read_text()
     assert "assistant: I count: ⟨python: '<i>'.count('i')⟩" in markdown.read_text()
-    assert "RL completion 1: reward 1.0000" in markdown.read_text()
+    assert "Completion 1 after RL: reward 1.0000" in markdown.read_text()
     parsed = Page(page.read_text())
     assert ["0", "p|q", "<b>|\n```\n"] in parsed.rows
     assert "\nI count: ⟨python: '<i>'.count('i')⟩" in parsed.texts["pre"]
-    assert "\nuser: How many `i`?\n" in parsed.texts["pre"]
+    assert "\nHow many `i`?" in parsed.texts["pre"]
 
 
 def test_page_is_self_contained_and_plots_are_drawn(tmp_path):
@@ -172,7 +172,10 @@ def test_measurement_that_was_not_run_says_why(tmp_path):
     records = seed_records()
     absent = {"not_run": "data absent", "how": "python scripts/prepare_data.py --chatcore"}
     records["mid_eval"]["metrics"]["chatcore"]["tasks"] |= {"MMLU": absent, "GSM8K": absent}
+    records["sft_eval"]["metrics"]["chatcore"]["tasks"] |= {"MMLU": absent, "GSM8K": absent}
     records["mid_eval"]["metrics"]["chatcore"]["chatcore"] = None
+    skills = {"not_run": "none taught", "how": "name some with `--skills`, evaluate again"}
+    records["sft_eval"]["metrics"]["skills"] = skills
     records["base_eval"]["metrics"]["core"] = {"not_run": "no bundle", "how": "make bundle"}
     records["tokenizer"]["metrics"]["comparison"] |= {"not_run": "GPT-4 is not reachable", "how": "go online"}
     for text in records["tokenizer"]["metrics"]["comparison"]["texts"]:
@@ -180,10 +183,12 @@ def test_measurement_that_was_not_run_says_why(tmp_path):
     text = render_report(write_run(tmp_path, records))[0].read_text()
     how = "To get it: `python scripts/prepare_data.py --chatcore`"
     assert f"MMLU, GSM8K not run: data absent. {how}" in text
-    assert f"MID MMLU, MID GSM8K not run: data absent. {how}" in text
+    assert f"MMLU, GSM8K (MID, SFT) not run: data absent. {how}" in text
     assert "ChatCORE metric: not run: some of its tasks were not run" in text
     assert "CORE not run: no bundle. To get it: `make bundle`" in text
     assert "| CORE | not run | - | - | - |" in text
+    assert "| ChatCORE | - | not run | 0.0079 | - |" in text
+    assert "Taught skills not run: none taught. To get it: name some with `--skills`, evaluate again" in text
     assert "Comparison with GPT-2" in text
     assert "Comparison with GPT-4" not in text
     assert "Comparison not run: GPT-4 is not reachable. To get it: `go online`" in text
@@ -213,7 +218,7 @@ def test_stages_on_different_machines_are_told_apart(tmp_path):
     records["base"] = json.loads(json.dumps(records["base"]))
     records["base"]["environment"]["hardware"]["gpus"] = [{"name": "H200", "memory_gib": 140}] * 8
     text = render_report(write_run(tmp_path, records))[0].read_text()
-    assert "GPUs: 1x NVIDIA GeForce RTX 5090 (31.8000 GiB) (tokenizer); 8x H200 (140 GiB) (base)" in text
+    assert "GPUs: 1x NVIDIA GeForce RTX 5090 (31.8 GiB) (tokenizer); 8x H200 (140.0 GiB) (base)" in text
 
 
 def test_other_result_files_are_shown(tmp_path):
@@ -302,13 +307,23 @@ def test_recipe_without_results_exits_with_2(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: there is nothing to report: ")
 
 
-def test_commands_name_the_preset_of_the_finished_stages(tmp_path):
+def test_commands_name_the_configs_of_the_finished_stages(tmp_path):
     root = find_repository()
     records = {"tokenizer": seed_records()["tokenizer"]}
-    made_by = f"{root}/recipes/train_tokenizer.py --config {root}/recipes/configs/h200/tokenizer.yaml"
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "midtrain.yaml").touch()
+    made_by = f"{root}/recipes/train_tokenizer.py --config {configs}/tokenizer.yaml"
     records["tokenizer"]["command"] = f"python {made_by}"
     text = render_report(write_run(tmp_path, records))[0].read_text()
-    assert "made by `python recipes/train_tokenizer.py --config recipes/configs/h200/tokenizer.yaml`" in text
-    assert (
-        f"`python recipes/sft.py --config recipes/configs/h200/midtrain.yaml --run_dir {tmp_path} --stage mid`" in text
-    )
+    assert f"made by `python recipes/train_tokenizer.py --config {configs}/tokenizer.yaml`" in text
+    assert f"`python recipes/sft.py --config {configs}/midtrain.yaml --run_dir {tmp_path} --stage mid`" in text
+    # No such file in that folder: the default's.
+    assert f"`python recipes/sft.py --config recipes/configs/cpu/sft.yaml --run_dir {tmp_path} --stage sft`" in text
+
+
+def test_every_command_names_files_that_exist():
+    for recipe, config, _ in STAGE_COMMANDS.values():
+        assert (find_repository() / "recipes" / recipe).is_file()
+        assert (find_repository() / DEFAULT_CONFIGS / config).is_file()
+    assert STAGE_COMMANDS.keys() == STAGE_INPUTS.keys()

@@ -104,6 +104,8 @@ def test_flatten_values():
     value = {"a": {"b": 1, "seconds": 5}, "history": [{}, {}], "c": {"not_run": "why"}, "d": {}}
     expected = [("a.b", "1"), ("a.seconds", "5.0 s"), ("history", "2 records"), ("c", "not run: why"), ("d", "none")]
     assert list(flatten_values(value)) == expected
+    assert list(flatten_values({"a": None})) == [("a", "not recorded")]
+    assert list(flatten_values({"a": {"b": None}}, null="none")) == [("a.b", "none")]
 
 
 def test_thinning_keeps_means_and_ends():

@@ -207,7 +207,7 @@ def sections(tmp_path_factory) -> dict[str, str]:
 # Our section: what the seed report prints in its own, in the same digits.
 EXPECTED = {
     "Environment": """master|c75fe54 (dirty)|readme tweak, link to new discussion and add file structure|Linux|16|32
-        23.0000 GiB|1x NVIDIA GeForce RTX 5090 (31.8000 GiB)|12.8|3.10.18|2.8.0+cu128|\\$2.00 / hour""",
+        23.0 GiB|1x NVIDIA GeForce RTX 5090 (31.8 GiB)|12.8|3.10.18|2.8.0+cu128|\\$2.00 / hour""",
     "Code size": "Characters|Lines|Files|Tokens (approx)|Dependencies",
     "Tokenizer training": """max_chars: 1,000,000,000|doc_cap: 10,000|vocab_size: 65,536|20.8 s|token_bytes_std: 2.8765
         num_special_tokens: 9|token_bytes_min: 1|token_bytes_max: 32|token_bytes_mean: 6.9240""",

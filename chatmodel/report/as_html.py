@@ -75,10 +75,11 @@ def write_block(block: Block, plots: Mapping[str, bytes]) -> str:
             return (f"<p><b>{escape_text(caption)}</b></p>" if caption else "") + f"<dl>{pairs}</dl>"
         case Table():
             return _write_table(block)
-        case NotRun(reason, how, what):
-            text = f"{what} not run: {reason}".strip()
-            ending = "" if how is None else f". To get it: <code>{escape_text(how)}</code>"
-            return f'<p class="missing">{escape_text(text)}{ending}</p>'
+        case NotRun(reason, _, what):
+            text = escape_text(f"{what} not run: {reason}".strip())
+            spans = [(escape_text(part), is_code) for part, is_code in block.how_spans]
+            how = "".join(f"<code>{part}</code>" if is_code else part for part, is_code in spans)
+            return f'<p class="missing">{text}{". To get it: " if how else ""}{how}</p>'
         case Source(file, details, command):
             ending = "" if command is None else f", made by <code>{escape_text(command)}</code>"
             link = f'<a href="{escape_text(quote(file))}">{escape_text(file)}</a>'

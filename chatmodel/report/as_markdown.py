@@ -38,9 +38,10 @@ def write_block(block: Block) -> str:
             return _captioned(caption, "\n".join(f"- {escape_text(k)}: {escape_text(v)}" for k, v in rows))
         case Table():
             return _captioned(block.caption, _write_table(block))
-        case NotRun(reason, how, what):
+        case NotRun(reason, _, what):
             text = f"{escape_text(what)} not run: {escape_text(reason)}".strip()
-            return text if how is None else f"{text}. To get it: {quote_code(how)}"
+            how = "".join(quote_code(part) if is_code else escape_text(part) for part, is_code in block.how_spans)
+            return f"{text}. To get it: {how}" if how else text
         case Source(file, details, command):
             text = f"From [{escape_text(file)}]({file.replace(' ', '%20')}) ({escape_text(details)})"
             return text if command is None else f"{text}, made by {quote_code(command)}"

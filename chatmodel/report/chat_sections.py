@@ -38,7 +38,7 @@ from chatmodel.report.tables import (
     write_content,
 )
 
-MAX_COMPLETIONS = 8
+MAX_COMPLETIONS = 4
 TRAINING_FORMATS = {
     "rows": ("Training rows", format_count),
     "steps": ("Number of iterations", format_count),
@@ -145,17 +145,19 @@ def _describe_rl(result: StageResult) -> list[Block]:
     rows = [("Task", format_value(metrics.get("task"))), ("Number of steps", format_count(metrics.get("steps")))]
     rows += [(TRAINING_FORMATS[key][0], TRAINING_FORMATS[key][1](value)) for key, value in sorted(optional.items())]
     reward = collect_series("reward", history, "reward")
+    length = "mean_length" if any("mean_length" in record for record in history) else "completion_length"
     panels = {
         "mean reward": [reward],
-        "completion length (tokens)": [collect_series("length", history, "completion_length")],
+        "completion length (tokens)": [collect_series("mean length", history, length)],
     }
     blocks: list[Block] = [Facts(rows), *_compare_pass(metrics.get("pass_at_1")), *_compare_reward(reward)]
     blocks += build_figure("rl_reward", "RL: reward and completion length", panels) or [
         Paragraph("Reward curve: not recorded")
     ]
     completions = pick_records(metrics, "completions")
-    blocks += _show_completions(completions) if completions else [Paragraph("RL completions: not recorded")]
-    shown = {"task", "steps", "history", "pass_at_1", "completions", *optional}
+    blocks += _show_completions("before RL", pick_records(metrics, "completions_before"))
+    blocks += _show_completions("after RL", completions) or [Paragraph("RL completions: not recorded")]
+    shown = {"task", "steps", "history", "pass_at_1", "completions", "completions_before", *optional}
     return [*blocks, *list_others(metrics, shown)]
 
 
@@ -191,13 +193,18 @@ def _compare_reward(reward: Series) -> list[Block]:
     return [Table(("Part of training", "Points", "Mean reward ± stderr"), rows)]
 
 
-def _show_completions(completions: list[dict[str, Any]]) -> list[Block]:
+def _show_completions(when: str, completions: list[dict[str, Any]]) -> list[Block]:
     shown: list[Block] = []
     for i, record in enumerate(thin_records(completions, MAX_COMPLETIONS)):
         step = f", step {format_count(record['step'])}" if "step" in record else ""
-        caption = f"RL completion {i + 1}{step}: reward {format_value(record.get('reward'))}"
-        texts = [
-            (key, clip_text(write_content(record.get(key)), 2 * MAX_SAMPLE_CHARS)) for key in ("prompt", "completion")
-        ]
+        caption = f"Completion {i + 1} {when}{step}: reward {format_value(record.get('reward'))}"
+        texts = [turn for key in ("prompt", "completion") for turn in _split_turns(key, record.get(key))]
         shown.append(Transcript(caption, texts))
     return shown
+
+
+def _split_turns(label: str, said: Any) -> list[tuple[str, str]]:
+    """A prompt or completion, plain or as messages, as turns of (role, text)."""
+    messages = pick_records({label: said}, label)
+    turns = [(str(m["role"]), write_content(m.get("content"))) for m in messages if "role" in m]
+    return [(role, clip_text(text, 2 * MAX_SAMPLE_CHARS)) for role, text in turns or [(label, write_content(said))]]

@@ -32,11 +32,19 @@ class Table:
 
 @dataclass(frozen=True)
 class NotRun:
-    """A measurement that is missing: why, and the command that gets it."""
+    """A measurement that is missing: why, and the command that gets it (or a sentence, its commands in backticks)."""
 
     reason: str
     how: str | None = None
     what: str = ""
+
+    @property
+    def how_spans(self) -> list[tuple[str, bool]]:
+        """`how` as pieces of (text, whether it is code)."""
+        parts = (self.how or "").split("`")
+        if len(parts) == 1 or len(parts) % 2 == 0:
+            return [(self.how, True)] if self.how else []
+        return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from chatmodel.report.stage_sections import (
 from chatmodel.report.tables import build_sample_table, build_task_table, format_measured, list_not_run
 from chatmodel.runs import STAGE_INPUTS
 
-NO_ESTIMATE = "not recorded (no CORE bundle, or no step at which it is estimated)"
+NO_ESTIMATE = "not run: pretraining was given no CORE bundle (--eval_bundle)"
+NO_PEAK = "unknown: no peak FLOPs are known for this device"
 BASELINES = {"GPT-2": "gpt2", "GPT-4": "gpt4"}
 
 
@@ -73,7 +74,9 @@ def build_tokenizer_evaluation(results: dict[str, StageResult]) -> Section:
         blocks.append(Paragraph("Comparison: not recorded"))
     if texts and not any(tables):
         blocks.append(_list_ours(texts))
-    note = "Ratio is bytes per token; relative difference is how many tokens fewer (+) or more (-) ours needs."
+    note = "Ratio is bytes per token; higher is better."
+    if any(tables):
+        note += " Relative difference is how many tokens fewer (+) or more (-) ours needs."
     return Section(title, [*blocks, *([Paragraph(note)] if texts else [])])
 
 
@@ -121,8 +124,7 @@ def _describe_base(result: StageResult) -> list[Block]:
     metrics = result.metrics
     evaluations = pick_records(metrics, "evaluations")
     estimates = [value for record in evaluations if (value := pick_number(record, "core")) is not None]
-    if (last := pick_number(metrics, "core_estimate")) is not None:
-        estimates.append(last)
+    estimate = metrics.get("core_estimate", estimates[-1] if estimates else None)
     parameters, tokens = pick_number(metrics, "parameters"), pick_number(metrics, "train_tokens")
     rows = [
         ("Number of parameters", format_count(metrics.get("parameters"))),
@@ -134,20 +136,24 @@ def _describe_base(result: StageResult) -> list[Block]:
         ("Device", format_value(metrics.get("device"))),
         ("Minimum validation bpb", format_decimal(metrics.get("val_bpb_min"))),
         ("Final validation bpb", format_decimal(metrics.get("val_bpb_final"))),
-        ("CORE metric estimate", format_decimal(estimates[-1]) if estimates else NO_ESTIMATE),
-        ("MFU", format_percent(metrics.get("mfu"))),
+        ("CORE metric estimate", _explain_null(metrics, "core_estimate", NO_ESTIMATE) or format_decimal(estimate)),
+        ("MFU", _explain_null(metrics, "mfu", NO_PEAK) or format_percent(metrics.get("mfu"))),
         ("Tokens per second", format_count_rounded(metrics.get("tokens_per_second"))),
         ("Total training FLOPs", format_flops(metrics.get("total_flops"))),
         ("Total training time", format_duration(metrics.get("train_seconds"))),
         ("Peak memory usage", format_bytes(metrics.get("peak_memory_bytes"))),
     ]
-    plan = list(flatten_values(metrics.get("plan") or {}))
+    plan = list(flatten_values(metrics.get("plan") or {}, null="none"))
     blocks: list[Block] = [Facts(rows), Facts(plan or [("plan", "not recorded")], "Plan")]
     if evaluations:
         blocks.append(_list_evaluations(evaluations))
+    # The tokenizer's section lists the packages that an embedded text comes from.
+    text = [row for row in flatten_values({"dataset": metrics.get("dataset")}) if ".packages." not in row[0]]
+    blocks.append(Facts(text, "Training text"))
     shown = {
         "plan",
         "core_estimate",
+        "dataset",
         "parameters",
         "flops_per_token",
         "steps",
@@ -158,6 +164,11 @@ def _describe_base(result: StageResult) -> list[Block]:
     }
     shown |= {"val_bpb_final", "mfu", "tokens_per_second", "total_flops", "train_seconds", "peak_memory_bytes"}
     return [*blocks, *list_others(metrics, shown | {"history", "evaluations", "samples"})]
+
+
+def _explain_null(metrics: dict[str, Any], key: str, reason: str) -> str | None:
+    """The reason for a recorded None: it was measured that there is nothing to measure."""
+    return reason if key in metrics and metrics[key] is None else None
 
 
 def _list_evaluations(evaluations: list[dict[str, Any]]) -> Table:
@@ -193,7 +204,7 @@ def _describe_bpb(bpb: Any) -> list[Block]:
     rows = [
         ("train bpb", format_decimal(pick(bpb, "train"))),
         ("val bpb", format_decimal(pick(bpb, "validation"))),
-        ("validation documents", format_count(pick(bpb, "validation_documents"))),
+        ("val bpb of whole documents", format_decimal(pick(bpb, "validation_documents"))),
     ]
     known = {"train", "validation", "validation_documents"}
     return [Facts([*rows, *flatten_values({key: v for key, v in pick_named(bpb).items() if key not in known})])]

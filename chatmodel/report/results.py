@@ -8,11 +8,11 @@ from typing import Any
 
 from chatmodel.report.code_size import find_repository
 from chatmodel.report.document import NotRun, Series
-from chatmodel.report.formats import format_named, is_number
+from chatmodel.report.formats import NOT_RECORDED, format_named, is_number
 from chatmodel.runs import STAGE_INPUTS, Run
 from chatmodel.runtime import UserError
 
-# What makes each stage: recipe, config file of a preset, flags.
+# What makes each stage: recipe, config file in a folder of configs, flags.
 STAGE_COMMANDS = {
     "tokenizer": ("train_tokenizer.py", "tokenizer.yaml", ""),
     "base": ("pretrain.py", "pretrain.yaml", ""),
@@ -24,7 +24,7 @@ STAGE_COMMANDS = {
     "rl": ("grpo.py", "grpo.yaml", ""),
     "rl_eval": ("eval.py", "eval.yaml", " --stage rl"),
 }
-DEFAULT_PRESET = "cpu"
+DEFAULT_CONFIGS = "recipes/configs/cpu"
 
 
 def pick(value: Any, *keys: str) -> Any:
@@ -67,15 +67,21 @@ def collect_series(label: str, records: list[dict[str, Any]], name: str, *, x: s
     return Series(label, [(float(a), float(b)) for a, b in pairs if a is not None and b is not None])
 
 
-def flatten_values(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, written value) of everything in a nested dict; a list of records is only counted."""
+def flatten_values(value: Any, prefix: str = "", *, null: str = NOT_RECORDED) -> Iterator[tuple[str, str]]:
+    """(dotted key, written value) of everything in a nested dict; a list of records is only counted.
+
+    Args:
+        null: what None says; in settings it is a choice, among metrics a gap.
+    """
     if (missing := find_not_run(value)) is not None:
         yield prefix, f"not run: {missing.reason}"
     elif isinstance(value, dict) and (value or not prefix):
         for key, item in value.items():
-            yield from flatten_values(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten_values(item, f"{prefix}.{key}" if prefix else str(key), null=null)
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         yield prefix, f"{len(value):,} records"
+    elif value is None:
+        yield prefix, null
     else:
         yield prefix, "none" if value in ([], {}) else format_named(prefix, value)
 
@@ -85,12 +91,12 @@ def shorten_paths(text: str) -> str:
     return text.replace(f"{find_repository()}/", "")
 
 
-def guess_preset(records: Iterable[Any]) -> str:
-    """The folder of `recipes/configs` that the finished stages were configured from."""
+def guess_configs(records: Iterable[Any]) -> str:
+    """The folder of config files that the finished stages used."""
     for record in records:
-        if found := re.search(r"recipes/configs/([\w-]+)/", str(pick(record, "command"))):
-            return found.group(1)
-    return DEFAULT_PRESET
+        if found := re.search(r"--config[ =](\S+)/[^/\s]+\.ya?ml", str(pick(record, "command"))):
+            return shorten_paths(found.group(1))
+    return DEFAULT_CONFIGS
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class StageResult:
     record: dict[str, Any] | None
     begun: bool
     run_dir: str
-    preset: str = DEFAULT_PRESET
+    configs: str = DEFAULT_CONFIGS
 
     @property
     def file(self) -> str:
@@ -118,11 +124,11 @@ class StageResult:
     def how(self) -> str:
         """The command that finishes this stage."""
         if self.stage not in STAGE_COMMANDS:
-            return f"python scripts/speedrun.py --preset {self.preset} --run_dir {self.run_dir}"
+            return f"python scripts/speedrun.py --run_dir {self.run_dir}"
         recipe, config, flags = STAGE_COMMANDS[self.stage]
-        return (
-            f"python recipes/{recipe} --config recipes/configs/{self.preset}/{config} --run_dir {self.run_dir}{flags}"
-        )
+        # A folder of configs need not have one for every stage.
+        folder = self.configs if (find_repository() / self.configs / config).exists() else DEFAULT_CONFIGS
+        return f"python recipes/{recipe} --config {folder}/{config} --run_dir {self.run_dir}{flags}"
 
     @property
     def command(self) -> str | None:
@@ -154,12 +160,12 @@ def load_results(run: Run) -> dict[str, StageResult]:
         )
     stages = (*STAGE_INPUTS, *(name for name in found if name not in STAGE_INPUTS))
     records = {stage: run.read_result(stage) for stage in stages}
-    preset, run_dir = guess_preset(records.values()), shorten_paths(str(run.run_dir))
+    configs, run_dir = guess_configs(records.values()), shorten_paths(str(run.run_dir))
     results = {}
     for stage, record in records.items():
         if record is not None and not isinstance(record, dict):
             raise UserError(
                 f"{run.result_path(stage)} is damaged (it holds no JSON object); delete it and run its stage again"
             )
-        results[stage] = StageResult(stage, record, (folder / f"{stage}.begun").exists(), run_dir, preset)
+        results[stage] = StageResult(stage, record, (folder / f"{stage}.begun").exists(), run_dir, configs)
     return results

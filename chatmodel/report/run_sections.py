@@ -11,7 +11,7 @@ from chatmodel.report.code_size import (
     read_requirements,
     sum_sizes,
 )
-from chatmodel.report.document import Block, Facts, Paragraph, Section, Table
+from chatmodel.report.document import Block, Facts, NotRun, Paragraph, Section, Table
 from chatmodel.report.formats import (
     format_count,
     format_decimal,
@@ -42,8 +42,11 @@ def build_summary(results: dict[str, StageResult], code: list[tuple[str, str]], 
     rows += [(f"skill: {name}", *(_summarise(skills[column], name) for column in COLUMNS)) for name in taught]
     rows += _summarise_pass(results["rl"].metrics)
     header = ("Metric", *(column.upper() for column in COLUMNS))
-    blocks: list[Block] = [Table(header, rows), Paragraph(f"Values are ± standard errors; {ABSENT} is not measured.")]
-    blocks += _list_missing(evaluations)
+    note = (
+        f"Values are ± standard errors; {ABSENT} is not measured. Validation bpb is that of each stage's own text, so "
+        "only runs can be compared by it, not stages."
+    )
+    blocks: list[Block] = [Table(header, rows), Paragraph(note), *_list_missing(evaluations)]
     return Section("Summary", [*blocks, *_describe_time(results, hourly_rate), Facts(code, "Code")])
 
 
@@ -56,7 +59,8 @@ def _summarise_score(label: str, key: str, evaluations: dict[str, StageResult]) 
     for column in COLUMNS:
         score = pick(evaluations[column].metrics, key)
         value = pick(score, key)
-        if find_not_run(score) or find_not_run(value):
+        parts = (score, value, *(pick_named(score, "tasks").values() if value is None else ()))
+        if any(find_not_run(part) for part in parts):
             cells.append("not run")
         elif pick_number(score, key) is None:
             cells.append(ABSENT)
@@ -69,7 +73,7 @@ def _summarise_bpb(results: dict[str, StageResult]) -> tuple[str, ...]:
     final = pick_number(results["base_eval"].metrics, "bpb", "validation")
     values = {
         "base": pick_number(results["base"].metrics, "val_bpb_final") if final is None else final,
-        "mid": pick_number(results["mid"].metrics, "validation_bpb"),
+        **{stage: pick_number(results[stage].metrics, "validation_bpb") for stage in ("mid", "sft")},
     }
     return (
         "Validation bpb",
@@ -86,8 +90,8 @@ def _summarise_pass(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _list_missing(evaluations: dict[str, StageResult]) -> list[Block]:
-    """What the table's `not run` cells mean, once per reason and stage, and the stages with no numbers at all."""
-    blocks: list[Block] = []
+    """What the table's `not run` cells mean, once per reason, and the stages with no numbers at all."""
+    stages: dict[tuple[str, str, str | None], list[str]] = {}
     for column, evaluation in evaluations.items():
         metrics = evaluation.metrics
         chatcore, skills = metrics.get("chatcore"), metrics.get("skills")
@@ -98,7 +102,11 @@ def _list_missing(evaluations: dict[str, StageResult]) -> list[Block]:
             "taught skills": skills,
             **pick_named(skills),
         }
-        blocks += list_not_run({f"{column.upper()} {name}": value for name, value in parts.items()})
+        for missing in list_not_run(parts):
+            stages.setdefault((missing.what, missing.reason, missing.how), []).append(column.upper())
+    blocks: list[Block] = [
+        NotRun(reason, how, f"{what} ({', '.join(columns)})") for (what, reason, how), columns in stages.items()
+    ]
     if absent := [evaluation.stage for evaluation in evaluations.values() if evaluation.missing is not None]:
         blocks.append(Paragraph(f"Not evaluated yet: {', '.join(absent)} (see their sections)."))
     return blocks
@@ -158,11 +166,11 @@ def _describe_facts(facts: Any) -> list[tuple[str, str]]:
         if key == "gpus":
             rows.append(("GPUs", _describe_gpus(value)))
         elif key == "memory_gib":
-            rows.append(("memory", f"{format_value(value)} GiB"))
+            rows.append(("memory", f"{format_decimal(value, 1)} GiB"))
         elif key == "commit" and facts.get("dirty"):
             rows.append((key, f"{format_value(value)} (dirty)"))
         elif key != "dirty":
-            text = "not installed" if value is None else format_value(value)
+            text = "none" if value is None else format_value(value)
             rows.append((key.replace("_", " "), text))
     return rows
 
@@ -170,7 +178,7 @@ def _describe_facts(facts: Any) -> list[tuple[str, str]]:
 def _describe_gpus(gpus: Any) -> str:
     if not isinstance(gpus, list) or not gpus:
         return "none"
-    names = [f"{pick(gpu, 'name')} ({format_value(pick(gpu, 'memory_gib'))} GiB)" for gpu in gpus]
+    names = [f"{pick(gpu, 'name')} ({format_decimal(pick(gpu, 'memory_gib'), 1)} GiB)" for gpu in gpus]
     return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
 
 

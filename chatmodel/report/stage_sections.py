@@ -29,7 +29,7 @@ def describe_source(result: StageResult) -> Source:
 
 def list_settings(result: StageResult) -> list[Block]:
     """What the stage was asked for (YAML and command line; the rest are defaults)."""
-    rows = list(flatten_values(pick(result.record, "settings") or {}))
+    rows = list(flatten_values(pick(result.record, "settings") or {}, null="none"))
     return [Facts(rows, "Settings asked for")] if rows else []
 
 

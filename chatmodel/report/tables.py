@@ -134,13 +134,14 @@ def list_not_run(measured: dict[str, Any]) -> list[NotRun]:
 
 
 def build_mixture_table(mixture: list[dict[str, Any]]) -> Table:
-    """What a chat stage was trained on, with a total of each count."""
-    keys = ("rows", "tokens", "trained_tokens", "skipped")
+    """What a chat stage was trained on, with a total of each count, also of those that only some data sets have."""
+    keys = ["rows", "tokens", "trained_tokens", "skipped"]
+    keys += sorted({key for part in mixture for key in part if pick_number(part, key) is not None} - {*keys})
     rows = [(format_value(part.get("name")), *(format_count(part.get(key)) for key in keys)) for part in mixture]
     if len(mixture) > 1:
         counts = [[number for part in mixture if (number := pick_number(part, key)) is not None] for key in keys]
         rows.append(("total", *(format_count(sum(column) if column else None) for column in counts)))
-    return Table(("Data set", "Rows", "Tokens", "Trained tokens", "Skipped"), rows)
+    return Table(("Data set", *(key.capitalize().replace("_", " ") for key in keys)), rows)
 
 
 def build_sample_table(samples: list[dict[str, Any]]) -> Table:
