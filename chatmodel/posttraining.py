@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from chatmodel.checkpoint import load_model, save_model_folder
 from chatmodel.optim import MuonAdamW, build_optimizer
@@ -50,6 +51,19 @@ def build_stage_optimizer(
         orthogonalization=plan["orthogonalization"],
         normalize_updates=plan["normalize_updates"],
     )
+
+
+class StopOnBadGradient(TrainerCallback):  # type: ignore[misc]
+    """Ends a Trainer's run before a gradient that is not finite reaches the weights."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer on every rank, before each update."""
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if gradients and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            raise UserError(
+                f"the gradient is not finite at step {state.global_step + 1}; the weights are as they were before: "
+                f"lower lr_fraction, or set mixed_precision to 'no', and start again from {args.output_dir}"
+            )
 
 
 def fit_to_device(training: Any, precision: str | None) -> None:

@@ -15,6 +15,7 @@ from chatmodel.conversations.mixtures import MixtureEntry, Source, open_entry
 from chatmodel.conversations.render import render_prompt
 from chatmodel.generation import generate_replies, mask_calculator_output
 from chatmodel.posttraining import (
+    StopOnBadGradient,
     build_stage_optimizer,
     fit_to_device,
     latest_trainer_checkpoint,
@@ -155,6 +156,7 @@ def main() -> None:
         train_dataset=problems,
         reward_funcs=[reward_spelling if args.task == "SimpleSpelling" else reward_answer],
         processing_class=tokenizer,
+        callbacks=[StopOnBadGradient()],
         rollout_func=build_rollout(args),
         plan_folder=run.folder("sft"),
         lr_fraction=args.lr_fraction,

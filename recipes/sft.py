@@ -12,6 +12,7 @@ from chatmodel.conversations.mixtures import load_mixture
 from chatmodel.conversations.render import Rendered, preview_masks
 from chatmodel.evaluation.bits_per_byte import bits_per_byte
 from chatmodel.posttraining import (
+    StopOnBadGradient,
     batch_rows,
     build_stage_optimizer,
     fit_to_device,
@@ -126,6 +127,7 @@ def main() -> None:
         train_dataset=rows.select_columns(["input_ids", "labels"]),
         eval_dataset=None if validation is None else validation.select_columns(["input_ids", "labels"]),
         processing_class=tokenizer,
+        callbacks=[StopOnBadGradient()],
         plan_folder=run.folder(source),
         lr_fraction=args.lr_fraction,
     )

@@ -45,6 +45,25 @@ def test_left_padding_changes_nothing(model):
     assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 14:], alone)
 
 
+def test_left_padding_changes_no_gradient(model):
+    """Padding that may see nothing must not turn gradients into NaN, nor into anything else."""
+    ids = random_ids(1, 9)
+    padding = torch.zeros(1, 8, dtype=torch.long)  # longer than the window
+    padded, mask = torch.cat([padding, ids], dim=1), torch.cat([padding, torch.ones_like(ids)], dim=1)
+
+    def gradients(**inputs):
+        model.zero_grad()
+        model.train()(**inputs, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = gradients(input_ids=ids, labels=ids)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    labels = padded.masked_fill(positions == 0, -100)  # the first token would be scored from the padding before it
+    found = gradients(input_ids=padded, labels=labels, attention_mask=mask, position_ids=positions)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("use_cache", [None, False])
 def test_packed_documents_do_not_see_each_other(model, use_cache):
     ids = random_ids(1, 20)

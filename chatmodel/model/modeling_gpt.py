@@ -161,7 +161,20 @@ class GPTModel(GPTPreTrainedModel):
         masks = {"full_attention": create_causal_mask(**facts)}
         if self.config.sliding_window is not None:
             masks["sliding_attention"] = create_sliding_window_causal_mask(**facts)
+        if self.training:
+            masks = {kind: _open_empty_rows(mask) for kind, mask in masks.items()}
         return masks
+
+
+def _open_empty_rows(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Let padding that may see nothing see everything.
+
+    Its own output counts nowhere, but the backward pass of fused attention divides by what such a row sees, and the
+    NaN spreads to real tokens (pytorch/pytorch#110213; seen here on an H200 with torch 2.11 and left padding).
+    """
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        return mask
+    return mask | ~mask.any(dim=-1, keepdim=True)
 
 
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
