@@ -177,7 +177,7 @@ def build_optimizer(
         if parameter.requires_grad:
             members.setdefault(classify_parameter(name, parameter), []).append(parameter)
     param_groups: list[dict[str, Any]] = []
-    for name in sorted(members):
+    for name in sorted(members, key=lambda name: (name != "matrix", name)):  # Trainers log the first group's rate
         plan = groups[name]
         group: dict[str, Any] = {
             "params": members[name],

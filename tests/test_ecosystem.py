@@ -29,7 +29,7 @@ WITHOUT_CHATMODEL = "import sys; sys.modules['chatmodel'] = None\n"
 ELSEWHERE = """
 import json
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 folder, question, call = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 trusted = {"trust_remote_code": True}

@@ -76,6 +76,26 @@ def test_a_changed_setting_is_refused(run_dir):
     assert "max_per_task=unset, now 3" in outcome.stderr
 
 
+def test_a_stopped_finetuning_continues_to_the_same_weights(run_dir, tmp_path):
+    stopped = tmp_path / "stopped"
+    for name in ("base", "tokenizer", "results"):
+        shutil.copytree(run_dir / name, stopped / name)
+    (stopped / "results" / "mid.json").unlink()
+    checkpoint = run_dir / "checkpoints" / "mid" / "checkpoint-2"
+    shutil.copytree(checkpoint, stopped / "checkpoints" / "mid" / "checkpoint-2")
+    config = ROOT / "recipes" / "configs" / "smoke" / "midtrain.yaml"
+    command = [sys.executable, str(ROOT / "recipes" / "sft.py"), "--config", str(config), "--stage", "mid"]
+    subprocess.run([*command, "--run_dir", str(stopped)], capture_output=True, check=True)
+    assert [entry["step"] for entry in read_json(stopped / "results" / "mid.json")["metrics"]["history"]] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    expected, found = (load_file(folder / "mid" / "model.safetensors") for folder in (run_dir, stopped))
+    assert all((expected[name] == found[name]).all() for name in expected)
+
+
 def test_a_killed_run_continues_to_the_same_weights(run_dir, tmp_path):
     """Killed without warning between two checkpoints: the weights end up bit for bit those of the unbroken run."""
     killed = tmp_path / "killed"

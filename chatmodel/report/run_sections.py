@@ -76,7 +76,7 @@ def _summarise_bpb(results: dict[str, StageResult]) -> tuple[str, ...]:
         **{stage: pick_number(results[stage].metrics, "validation_bpb") for stage in ("mid", "sft")},
     }
     return (
-        "Validation bpb",
+        "Validation bpb (each stage on its own text)",
         *(ABSENT if values.get(column) is None else format_decimal(values[column]) for column in COLUMNS),
     )
 
