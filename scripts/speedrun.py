@@ -1,6 +1,7 @@
 """Run the whole pipeline, from text to report, continuing with the first stage that is not finished."""
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -34,9 +35,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_bundle", type=Path, help="CORE bundle, zip or folder")
     parser.add_argument("--chatcore", type=Path, help="folder of ChatCORE's data sets; by default the Hub's")
     parser.add_argument("--max_per_task", type=int, help="examples of each CORE and ChatCORE task")
+    parser.add_argument("--run_generated_code", action="store_true", help="HumanEval: run programs the model wrote")
     parser.add_argument("--accelerate_config", type=Path, help="launch training stages with this Accelerate file")
     parser.add_argument("--hourly_rate", type=float, help="price of the machine in USD, for the report")
     args = parser.parse_args()
+    args.preset = find_preset(args.preset)
     # Stages run in the project's folder, wherever this command was given.
     for option in ("dataset", "eval_bundle", "chatcore", "accelerate_config"):
         value = getattr(args, option)
@@ -52,16 +55,22 @@ def find_preset(preset: str) -> Path:
     raise UserError(f"preset {preset!r} is neither a folder of recipes/configs nor a path to one with pretrain.yaml")
 
 
+def shorten(path: Path) -> str:
+    """Relative to the project's folder where it lies inside, as a person would type it there."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def build_command(stage: tuple[str, str, str, tuple[str, ...]], args: argparse.Namespace, run: Run) -> list[str]:
     name, recipe, config, flags = stage
-    command = [str(ROOT / "recipes" / recipe), "--config", str(find_preset(args.preset) / config)]
-    command += ["--run_dir", str(run.run_dir), *flags]
+    command = [f"recipes/{recipe}", "--config", shorten(args.preset / config)]
+    command += ["--run_dir", shorten(run.run_dir), *flags]
     if args.dataset and name in ("tokenizer", "base"):
         command += ["--dataset", args.dataset]
     if name.endswith("_eval"):
         for option in ("eval_bundle", "chatcore", "max_per_task"):
             if getattr(args, option) is not None:
                 command += [f"--{option}", str(getattr(args, option))]
+        command += ["--run_generated_code"] if args.run_generated_code else []
     return command
 
 
@@ -69,7 +78,7 @@ def launch(name: str, command: list[str], accelerate_config: Path | None) -> Non
     start = [sys.executable]
     if accelerate_config is not None and name in TRAINING_STAGES:
         start += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(accelerate_config)]
-    code = subprocess.run([*start, *command], cwd=ROOT, check=False).returncode
+    code = subprocess.run([*start, *command], check=False).returncode
     if code:
         raise UserError(f"stage {name} ended with exit code {code}; mend what it says above and start again")
 
@@ -86,7 +95,8 @@ def show_conversation(run: Run) -> None:
 
 def main() -> None:
     args = read_arguments()
-    run = Run((args.run_dir or Path("runs") / find_preset(args.preset).name).resolve())
+    run = Run(args.run_dir.resolve() if args.run_dir else ROOT / "runs" / args.preset.name)
+    os.chdir(ROOT)
     began = time.monotonic()
     for number, stage in enumerate(STAGES, start=1):
         name, command = stage[0], build_command(stage, args, run)
@@ -97,7 +107,7 @@ def main() -> None:
         launch(name, command, args.accelerate_config)
         seconds = read_json(run.result_path(name))["seconds"]
         print(f"[{number}/{len(STAGES)}] {name}: {seconds:.0f} s, {(time.monotonic() - began) / 60:.1f} min in all")
-    report = [str(ROOT / "recipes" / "report.py"), "--run_dir", str(run.run_dir)]
+    report = ["recipes/report.py", "--run_dir", shorten(run.run_dir)]
     launch("report", report + (["--hourly_rate", str(args.hourly_rate)] if args.hourly_rate else []), None)
     show_conversation(run)
 
