@@ -117,10 +117,13 @@ def save_model_folder(model: Any, tokenizer: Any, folder: Path, *, card: Sequenc
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.bos_token_id]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = True  # Trainers switch it off
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- chatmodel\n---\n"
     (aside / "README.md").write_text("\n\n".join([f"{header}\n# {folder.name}", *card]) + "\n")
+    for path in aside.iterdir():
+        path.chmod(0o644)  # safetensors writes files only their owner may read; a server may be somebody else
     publish_folder(aside, folder)
 
 

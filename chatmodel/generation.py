@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 
 from chatmodel.conversations.render import render_prompt
 from chatmodel.runtime import UserError
@@ -164,14 +164,24 @@ def stream_reply(
 ) -> Iterator[str]:
     """The reply to a conversation as pieces of text, as they are generated; calculator calls stay visible as marks.
 
+    Closing the iterator stops the generation, and so does an interrupt while it waits. A reply ends where the model's
+    context does, whatever `max_new_tokens` says.
+
     Raises:
         UserError: the conversation does not fit the model's context.
     """
     prompt = render_prompt(tokenizer, messages)
     check_prompt_length(model, len(prompt), max_new_tokens)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None:
+        max_new_tokens = min(max_new_tokens, context - len(prompt))
     settings = build_generation_config(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=False)
+    stopped = Event()
     failures: list[BaseException] = []
+
+    def stop(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
     def work() -> None:
         try:
@@ -181,6 +191,7 @@ def stream_reply(
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=settings,
                 streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([stop]),
             )
         except BaseException as error:
             failures.append(error)
@@ -189,11 +200,15 @@ def stream_reply(
     thread = Thread(target=work, daemon=True)
     thread.start()
     ends = {tokenizer.convert_ids_to_tokens(token_id) for token_id in settings.eos_token_id}
-    for piece in streamer:
-        for end in ends:
-            piece = piece.replace(end, "")
-        if piece:
-            yield piece
-    thread.join()
+    try:
+        for piece in streamer:
+            for end in ends:
+                piece = piece.replace(end, "")
+            if piece:
+                yield piece
+    finally:
+        # A thread that is still at work when Python exits would take the whole process down.
+        stopped.set()
+        thread.join()
     if failures:
         raise failures[0]

@@ -98,8 +98,11 @@ def test_a_full_disk_is_one_sentence(trained, tmp_path, monkeypatch):
 
 
 def test_a_model_folder_is_complete(chat_model, tokenizer, tmp_path):
+    chat_model.config.use_cache = False
     save_model_folder(chat_model, tokenizer, tmp_path / "sft", card=["A test."])
     model = load_model(tmp_path / "sft")
+    assert model.config.use_cache
+    assert (tmp_path / "sft" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.bos_token_id]
     assert model.config.calculator == chat_model.config.calculator
     assert AutoTokenizer.from_pretrained(tmp_path / "sft").chat_template == tokenizer.chat_template

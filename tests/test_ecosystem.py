@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -19,6 +20,7 @@ import chatmodel
 from chatmodel.checkpoint import save_model_folder
 from chatmodel.tokenizer import calculator_table
 
+ROOT = Path(__file__).parents[1]
 QUESTION = [{"role": "user", "content": "What is 12 plus 30?"}]
 # Ids of a conversation in which the assistant has just asked the calculator.
 CALL = "<|bos|><|user_start|>12+30?<|user_end|><|assistant_start|><|python_start|>12+30<|python_end|>"
@@ -202,15 +204,17 @@ def request(url: str, body: dict | None = None) -> str:
 
 
 @pytest.mark.slow
-def test_transformers_serve_answers(folder, elsewhere):
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package, reason="pip install 'transformers[serving]'")
+@pytest.mark.parametrize("launcher", ["scripts/serve.py", "transformers serve"])
+def test_the_server_answers(folder, elsewhere, launcher):
     port = find_free_port()
     url = f"http://localhost:{port}"
-    options = ["serve", str(folder), "--trust-remote-code", "--device", "cpu", "--port", str(port)]
+    options = [str(folder), "--device", "cpu", "--port", str(port)]
+    if launcher == "scripts/serve.py":
+        command = [sys.executable, str(ROOT / launcher), *options]
+    else:
+        command = [sys.executable, "-c", WITHOUT_CHATMODEL + SERVE, "serve", *options, "--trust-remote-code"]
     log = elsewhere["cwd"] / "serve.log"
     with log.open("w") as output:
-        command = [sys.executable, "-c", WITHOUT_CHATMODEL + SERVE, *options]
         server = subprocess.Popen(command, stdout=output, stderr=output, **elsewhere)
     try:
         deadline = time.monotonic() + 120
