@@ -53,6 +53,27 @@ def build_stage_optimizer(
     )
 
 
+class PlannedOptimizer:
+    """Gives a Trainer it is mixed into pretraining's optimizer: Muon for the matrices, AdamW for the rest.
+
+    Args:
+        plan_folder, lr_fraction: as in `build_stage_optimizer`; everything else goes to the Trainer.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, *args: Any, plan_folder: Path, lr_fraction: float, **kwargs: Any) -> None:
+        self.plan_folder, self.lr_fraction = plan_folder, lr_fraction
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """What the Trainer calls once, before training."""
+        if self.optimizer is None:
+            self.optimizer = build_stage_optimizer(self.model, self.plan_folder, lr_fraction=self.lr_fraction)
+        return self.optimizer
+
+
 class StopOnBadGradient(TrainerCallback):  # type: ignore[misc]
     """Ends a Trainer's run before a gradient that is not finite reaches the weights."""
 

@@ -5,27 +5,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from chatmodel.conversations.answers import reference_answer
-from chatmodel.conversations.generated import check_reply
-from chatmodel.conversations.mixtures import MixtureEntry, Source, open_entry
+from chatmodel.conversations.mixtures import MixtureEntry, open_entry
 from chatmodel.conversations.render import render_prompt
 from chatmodel.generation import generate_replies, mask_calculator_output
 from chatmodel.posttraining import (
+    PlannedOptimizer,
     StopOnBadGradient,
-    build_stage_optimizer,
     fit_to_device,
     latest_trainer_checkpoint,
     load_stage_model,
     pick_history,
     save_stage_model,
 )
+from chatmodel.problems import build_problems, measure_pass
 from chatmodel.rewards import reward_answer, reward_spelling
 from chatmodel.runs import Run
-from chatmodel.runtime import UserError, entry_point, logger, parse_arguments, peak_memory_bytes
+from chatmodel.runtime import entry_point, logger, parse_arguments, peak_memory_bytes
 
 HISTORY = ("reward", "reward_std", "completions/mean_length", "entropy", "kl", "loss")
 
@@ -52,18 +49,10 @@ class RewardConfig(GRPOConfig):
     activation_checkpointing: bool | None = field(default=False, metadata={"help": "Trade speed for memory."})
 
 
-class RewardTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer with pretraining's optimizer: Muon for the matrices, AdamW for the rest."""
+class RewardTrainer(PlannedOptimizer, GRPOTrainer):
+    """TRL's GRPOTrainer with pretraining's optimizer, counting what its rollouts cost."""
 
-    def __init__(self, *args: Any, plan_folder: Path, lr_fraction: float, **kwargs: Any) -> None:
-        self.plan_folder, self.lr_fraction = plan_folder, lr_fraction
-        self.rollout_tokens, self.rollout_seconds = 0, 0.0
-        super().__init__(*args, **kwargs)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = build_stage_optimizer(self.model, self.plan_folder, lr_fraction=self.lr_fraction)
-        return self.optimizer
+    rollout_tokens, rollout_seconds = 0, 0.0
 
 
 def build_rollout(args: RewardArguments) -> Any:
@@ -92,49 +81,6 @@ def build_rollout(args: RewardArguments) -> Any:
     return roll_out
 
 
-def build_problems(source: Source) -> Dataset:
-    conversations = [source.read(index) for index in range(source.count)]
-    columns: dict[str, list[Any]] = {"prompt": [messages[:-1] for messages in conversations]}
-    if source.name == "SimpleSpelling":
-        columns["word"] = [messages[-1]["content"].partition(":")[0] for messages in conversations]
-    else:
-        columns["answer"] = [reference_answer(messages) for messages in conversations]
-        if None in columns["answer"]:
-            raise UserError(f"task={source.name!r} has no '#### answer' to reward; choose one that has")
-    return Dataset.from_dict(columns)
-
-
-def measure_pass(
-    model: Any, tokenizer: Any, source: Source, training: RewardConfig, batch_size: int
-) -> dict[str, Any]:
-    """Share of held-out problems whose greedy completion is right, and the first completions."""
-    conversations = [source.read(index) for index in range(source.count)]
-    prompts = [render_prompt(tokenizer, messages[:-1]) for messages in conversations]
-    replies = generate_replies(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=training.max_completion_length,
-        batch_size=batch_size,
-        progress="pass@1",
-    )
-    texts = [tokenizer.decode(reply[0]) for reply in replies]
-    right = [
-        check_reply(source.name, messages, tokenizer.decode(reply[0], skip_special_tokens=True))
-        for messages, reply in zip(conversations, replies, strict=True)
-    ]
-    completions = [
-        {"prompt": messages[-2]["content"], "completion": text, "reward": float(success)}
-        for messages, text, success in zip(conversations, texts, right, strict=True)
-    ]
-    return {
-        "correct": sum(right),
-        "n": len(right),
-        "accuracy": sum(right) / len(right),
-        "completions": completions[:8],
-    }
-
-
 def main() -> None:
     args, training = parse_arguments(RewardArguments, RewardConfig)
     run = Run(Path(args.run_dir))
@@ -146,7 +92,8 @@ def main() -> None:
     problems = build_problems(open_entry(MixtureEntry(args.task, rows=args.rows), folder=folder))
     held_out = open_entry(MixtureEntry(args.task, rows=args.pass_examples), split="validation", folder=folder)
     model.to(training.device)
-    before = measure_pass(model, tokenizer, held_out, training, args.rollout_batch_size)
+    limits = {"max_new_tokens": training.max_completion_length, "batch_size": args.rollout_batch_size}
+    before = measure_pass(model, tokenizer, held_out, **limits)
     logger.info("pass@1 before: %d of %d", before["correct"], before["n"])
     fit_to_device(training, args.mixed_precision)
     training.output_dir = str(run.checkpoints("rl"))
@@ -162,7 +109,7 @@ def main() -> None:
         lr_fraction=args.lr_fraction,
     )
     outcome = trainer.train(resume_from_checkpoint=latest_trainer_checkpoint(Path(training.output_dir)))
-    after = measure_pass(model, tokenizer, held_out, training, args.rollout_batch_size)
+    after = measure_pass(model, tokenizer, held_out, **limits)
     logger.info("pass@1 after: %d of %d", after["correct"], after["n"])
     if not trainer.is_world_process_zero():
         return

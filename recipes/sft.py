@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
@@ -12,9 +11,9 @@ from chatmodel.conversations.mixtures import load_mixture
 from chatmodel.conversations.render import Rendered, preview_masks
 from chatmodel.evaluation.bits_per_byte import bits_per_byte
 from chatmodel.posttraining import (
+    PlannedOptimizer,
     StopOnBadGradient,
     batch_rows,
-    build_stage_optimizer,
     fit_to_device,
     latest_trainer_checkpoint,
     load_stage_model,
@@ -54,17 +53,8 @@ class ConversationConfig(SFTConfig):
     activation_checkpointing: bool | None = field(default=False, metadata={"help": "Trade speed for memory."})
 
 
-class ConversationTrainer(SFTTrainer):
-    """TRL's SFTTrainer with pretraining's optimizer: Muon for the matrices, AdamW for the rest."""
-
-    def __init__(self, *args: Any, plan_folder: Path, lr_fraction: float, **kwargs: Any) -> None:
-        self.plan_folder, self.lr_fraction = plan_folder, lr_fraction
-        super().__init__(*args, **kwargs)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = build_stage_optimizer(self.model, self.plan_folder, lr_fraction=self.lr_fraction)
-        return self.optimizer
+class ConversationTrainer(PlannedOptimizer, SFTTrainer):
+    """TRL's SFTTrainer with pretraining's optimizer."""
 
 
 def load_datasets(

@@ -14,7 +14,7 @@ LAYERS = [  # lowest first
     {"data", "optim", "tokenizer_comparison"},
     {"conversations", "checkpoint"},
     {"generation", "rewards", "posttraining"},
-    {"evaluation"},
+    {"evaluation", "problems"},
     {"training"},
     {"report"},
 ]
