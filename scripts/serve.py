@@ -5,8 +5,6 @@ This is `transformers serve` (all its options work) with this project's model ma
 
 import sys
 
-import transformers
-
 import chatmodel
 
 
@@ -16,7 +14,8 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f"error: {error}; install the server's packages with: pip install -e '.[serve]'")
     # The server of 5.23 looks every architecture up in this namespace, so no model with code of its own would start.
-    transformers.GPTForCausalLM = chatmodel.GPTForCausalLM
+    # It is the module of this moment that counts: the command-line interface has put a new one in the old one's place.
+    sys.modules["transformers"].GPTForCausalLM = chatmodel.GPTForCausalLM  # type: ignore[attr-defined]
     sys.argv.insert(1, "serve")
     run_transformers()
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +126,8 @@ class Terminal:
     def __init__(self, pty, command: list[str], **environment: str) -> None:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
+            # Where the tests run in the background, Ctrl-C is ignored, and so it would be here.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ.update(environment)
             os.execv(command[0], command)
         os.set_blocking(self.descriptor, False)

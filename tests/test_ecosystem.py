@@ -52,14 +52,6 @@ found = {
 print(json.dumps(found))
 """
 
-# What docs/using-the-model.md says about `transformers serve`, which looks for the class in its own namespace.
-SERVE = """
-import transformers
-transformers.GPTForCausalLM = transformers.AutoModelForCausalLM
-from transformers.cli.transformers import main
-main()
-"""
-
 DOCUMENTS = [
     ("Which of these is a number?", ["seven", "green", "slowly", "table"], "A"),
     ("Which of these is a colour?", ["nine", "blue and white", "under", "word"], "B"),
@@ -204,15 +196,11 @@ def request(url: str, body: dict | None = None) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["scripts/serve.py", "transformers serve"])
-def test_the_server_answers(folder, elsewhere, launcher):
+def test_the_server_answers(folder, elsewhere):
     port = find_free_port()
     url = f"http://localhost:{port}"
-    options = [str(folder), "--device", "cpu", "--port", str(port)]
-    if launcher == "scripts/serve.py":
-        command = [sys.executable, str(ROOT / launcher), *options]
-    else:
-        command = [sys.executable, "-c", WITHOUT_CHATMODEL + SERVE, "serve", *options, "--trust-remote-code"]
+    serve = str(ROOT / "scripts" / "serve.py")
+    command = [sys.executable, serve, str(folder), "--device", "cpu", "--port", str(port)]
     log = elsewhere["cwd"] / "serve.log"
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, **elsewhere)
