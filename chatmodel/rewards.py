@@ -15,7 +15,7 @@ Completion = str | list[dict[str, Any]]
 def reward_answer(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
     """1 where the first "#### n" is the answer column's number, else 0; for GSM8K, sums, and letter counting.
 
-    Source: tasks/gsm8k.py@c75fe54, `reward`.
+    Source: karpathy/nanochat tasks/gsm8k.py@c75fe54, `reward`.
     """
     return [
         float(extract_answer(_text(completion)) == str(expected).replace(",", ""))

@@ -95,7 +95,8 @@ class Run:
         result = self.read_result(stage)
         if result is None:
             raise UserError(
-                f"stage {needed_by} needs stage {stage}, which is not finished in {self.run_dir}; run {stage} first"
+                f"stage {needed_by} needs stage {stage}, which is not finished in {self.run_dir}; "
+                "run its recipe first, or scripts/speedrun.py for all of them"
             )
         return str(result["id"])
 

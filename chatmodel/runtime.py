@@ -1,5 +1,6 @@
 """What every entry point needs around its work: arguments, clear errors, JSON files, facts about the machine."""
 
+import difflib
 import importlib.metadata
 import json
 import logging
@@ -11,7 +12,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,9 +74,16 @@ def parse_arguments(*dataclasses: Any) -> tuple[Any, ...]:
     Raises:
         UserError: the YAML file is missing, no mapping, or holds a key that no dataclass has.
     """
-    parser = TrlParser(dataclasses, allow_abbrev=False)
+    parser = TrlParser(
+        dataclasses,
+        allow_abbrev=False,
+        description=sys.modules["__main__"].__doc__,
+        epilog="--config FILE reads these settings from a YAML file; the command line overrides it.",
+    )
     # TrlParser only knows "--config FILE"; everybody's fingers know "--config=FILE" as well.
     arguments = [part for word in sys.argv[1:] for part in CONFIG_FLAG.split(word) if part]
+    if "--config" in arguments[:-1]:
+        check_config_keys(arguments[arguments.index("--config") + 1], dataclasses)
     try:
         return tuple(parser.parse_args_and_config(arguments))
     except FileNotFoundError as error:
@@ -85,6 +94,20 @@ def parse_arguments(*dataclasses: Any) -> tuple[Any, ...]:
         raise UserError(f"the config file is not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise UserError(f"the configuration cannot be used: {' '.join(str(error).split())}") from None
+
+
+def check_config_keys(path: str, dataclasses: Sequence[Any]) -> None:
+    """Refuse a key of a YAML file that no dataclass has, by name and with the key that was probably meant."""
+    known = [field.name for dataclass in dataclasses for field in fields(dataclass)]
+    try:
+        keys = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError):
+        return  # the parser says what is wrong with the file itself
+    for key in keys if isinstance(keys, dict) else ():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"config file {path} has the unknown key {key}{meant}; --help lists the keys")
 
 
 def requested_settings(arguments: list[str]) -> dict[str, Any]:

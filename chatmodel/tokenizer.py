@@ -31,7 +31,8 @@ SPECIAL_TOKENS = (
 MINIMUM_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # GPT-4's pattern with digits in groups of at most two instead of three, which small vocabularies can afford.
-# Source: nanochat/tokenizer.py@c75fe54; the pattern of GPT-4 is tiktoken_ext/openai_public.py, cl100k_base.
+# Source: karpathy/nanochat nanochat/tokenizer.py@c75fe54; the pattern of GPT-4 is tiktoken's
+# tiktoken_ext/openai_public.py, cl100k_base.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -65,7 +66,7 @@ def train_tokenizer(
     Raises:
         UserError: the vocabulary is too small, or the text too little for it.
 
-    Source: scripts/tok_train.py@c75fe54.
+    Source: karpathy/nanochat scripts/tok_train.py@c75fe54.
     """
     tokenizer, _ = train_and_measure(
         documents, vocab_size, max_chars=max_chars, doc_cap=doc_cap, model_max_length=model_max_length

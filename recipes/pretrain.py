@@ -10,6 +10,8 @@ from chatmodel.runtime import UserError, choose_precision, entry_point, logger, 
 from chatmodel.tokenizer import load_tokenizer
 from chatmodel.training import PretrainArguments, Pretraining
 
+DEFAULT_VOCAB_SIZE = 32_768
+
 
 def build_accelerator(args: PretrainArguments) -> Accelerator:
     # Accelerator reads this flag itself, but the precision must be known before there is one.
@@ -23,11 +25,19 @@ def build_accelerator(args: PretrainArguments) -> Accelerator:
         ) from None
 
 
+def find_vocab_size(run: Run) -> int:
+    """Of the run's tokenizer, or what a tokenizer would have by default, so that a plan costs nothing."""
+    if run.folder("tokenizer").exists():
+        return len(load_tokenizer(run.folder("tokenizer")))
+    logger.info("%s has no tokenizer yet, so the plan is made for %d tokens", run.run_dir, DEFAULT_VOCAB_SIZE)
+    return DEFAULT_VOCAB_SIZE
+
+
 def main() -> None:
     (args,) = parse_arguments(PretrainArguments)
     run = Run(args.run_dir)
     if args.dry_run:
-        plan = args.plan(len(load_tokenizer(run.folder("tokenizer"))))
+        plan = args.plan(find_vocab_size(run))
         logger.info(
             "%s\n%s",
             json.dumps({"plan": plan.as_dict(), "arguments": vars(args)}, indent=2, default=str),

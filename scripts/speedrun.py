@@ -49,10 +49,15 @@ def read_arguments() -> argparse.Namespace:
 
 
 def find_preset(preset: str) -> Path:
-    for folder in (ROOT / "recipes" / "configs" / preset, Path(preset).resolve()):
-        if (folder / "pretrain.yaml").is_file():
+    presets = ROOT / "recipes" / "configs"
+    for folder in (presets / preset, Path(preset).resolve()):
+        if folder.is_dir():
+            missing = sorted({config for _, _, config, _ in STAGES if not (folder / config).is_file()})
+            if missing:
+                raise UserError(f"preset {preset!r} lacks {', '.join(missing)}; copy them from recipes/configs/gpu")
             return folder
-    raise UserError(f"preset {preset!r} is neither a folder of recipes/configs nor a path to one with pretrain.yaml")
+    whole = sorted(path.parent.name for path in presets.glob("*/eval.yaml"))
+    raise UserError(f"preset {preset!r} is neither one of {', '.join(whole)} nor the path of a folder")
 
 
 def shorten(path: Path) -> str:
@@ -66,6 +71,8 @@ def build_command(stage: tuple[str, str, str, tuple[str, ...]], args: argparse.N
     command += ["--run_dir", shorten(run.run_dir), *flags]
     if args.dataset and name in ("tokenizer", "base"):
         command += ["--dataset", args.dataset]
+    if args.chatcore and name in ("mid", "sft", "rl"):
+        command += ["--chatcore", str(args.chatcore)]
     if name.endswith("_eval"):
         for option in ("eval_bundle", "chatcore", "max_per_task"):
             if getattr(args, option) is not None:

@@ -76,7 +76,7 @@ def load_task_rows(name: str, split: str, folder: Path | None = None) -> Sequenc
         DataAbsent: the rows are in neither.
         UserError: an unknown data set or split, or damaged files.
 
-    Source: tasks/*.py@c75fe54, `load_dataset(...).shuffle(seed=42)`.
+    Source: karpathy/nanochat tasks/*.py@c75fe54, `load_dataset(...).shuffle(seed=42)`.
     """
     rows = read_task_rows(name, split, folder).rows
     order = shuffled_order(len(rows))
@@ -202,7 +202,7 @@ def ask_multiple_choice(question: str, letters: Sequence[str], choices: Sequence
 
     The letter stands behind its choice with no space before it, so that it is the token of the answer.
 
-    Source: tasks/common.py@c75fe54, `render_mc`.
+    Source: karpathy/nanochat tasks/common.py@c75fe54, `render_mc`.
     """
     if answer not in letters:
         raise UserError(f"the answer '{answer}' is none of the letters {', '.join(letters)}; mend the row")
@@ -216,7 +216,7 @@ def ask_multiple_choice(question: str, letters: Sequence[str], choices: Sequence
 def convert_gsm8k(row: dict[str, Any]) -> Messages:
     """GSM8K's annotations `<<12/60=0.2>>` as calculator calls with their results, the rest as text.
 
-    Source: tasks/gsm8k.py@c75fe54.
+    Source: karpathy/nanochat tasks/gsm8k.py@c75fe54.
     """
     parts: list[dict[str, str]] = []
     for text in re.split(r"(<<[^>]+>>)", row["answer"]):

@@ -129,7 +129,7 @@ def load_mixture(
     Raises:
         UserError: an entry or a conversation is wrong; `DataAbsent` where data is missing.
 
-    Source: tasks/common.py@c75fe54, `TaskMixture`; the order is its order.
+    Source: karpathy/nanochat tasks/common.py@c75fe54, `TaskMixture`; the order is its order.
     """
     if max_length < 2:
         raise UserError(f"max_length is {max_length}; a row needs at least 2 tokens")
@@ -159,7 +159,7 @@ def load_mixture(
 def mix_rows(counts: Sequence[int], *, seed: int) -> list[tuple[int, int]]:
     """(entry, row) pairs of entries with so many rows each, shuffled.
 
-    Source: tasks/common.py@c75fe54, `TaskMixture` (seed 42).
+    Source: karpathy/nanochat tasks/common.py@c75fe54, `TaskMixture` (seed 42).
     """
     pairs = [(entry, row) for entry, count in enumerate(counts) for row in range(count)]
     random.Random(seed).shuffle(pairs)

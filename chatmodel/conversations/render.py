@@ -44,7 +44,7 @@ def render_conversation(tokenizer: Any, messages: Messages, *, max_length: int |
     Raises:
         UserError: no messages, roles out of order, no assistant turn, empty content, an unknown part.
 
-    Source: nanochat/tokenizer.py@c75fe54, `render_conversation`; the ids and masks are the same.
+    Source: karpathy/nanochat nanochat/tokenizer.py@c75fe54, `render_conversation`; the ids and masks are the same.
     """
     return render_pieces(tokenizer, [lay_out(messages)], max_length=max_length)[0]
 

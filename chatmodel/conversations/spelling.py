@@ -8,7 +8,7 @@ from chatmodel.conversations.render import Messages
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 # The prompts define the SpellingBee benchmark, so they are kept to the letter.
-# Source: tasks/spellingbee.py@c75fe54 of nanochat (MIT licence), USER_MSG_TEMPLATES.
+# Source: karpathy/nanochat tasks/spellingbee.py@c75fe54 of nanochat (MIT licence), USER_MSG_TEMPLATES.
 ENGLISH_QUESTIONS = (
     "How many {letter} are in the word {word}",
     "How many {letter} are in {word}",
@@ -80,7 +80,7 @@ def spell_word(index: int, split: str, words: Sequence[str]) -> Messages:
 def spelling_bee(index: int, split: str, words: Sequence[str]) -> Messages:
     """Count a letter by hand, then with the calculator; with the same words the same conversation as nanochat's.
 
-    Source: tasks/spellingbee.py@c75fe54, `SpellingBee.get_example`: every draw in its order.
+    Source: karpathy/nanochat tasks/spellingbee.py@c75fe54, `SpellingBee.get_example`: every draw in its order.
     """
     # Python seeds with the absolute value: test 0 is train 1, and so on. The words decide what is held out.
     rng = random.Random(index if split == "train" else -(index + 1))

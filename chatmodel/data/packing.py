@@ -69,7 +69,8 @@ class BestFitPlan:
     A buffer holds the next documents of a random order. The longest that fits is placed until none does; then the
     shortest is cropped to fill the row, and its rest is not seen in this epoch. Of equal lengths the earlier is taken.
 
-    Source: nanochat/dataloader.py@92d63d4; the sorted buffer is ours (there each search walks through all of it).
+    Source: karpathy/nanochat nanochat/dataloader.py@92d63d4; the sorted buffer is ours (there each search walks
+    through all of it).
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from chatmodel.runtime import UserError
 
 IGNORED = -100  # a label that is not scored
 PACKINGS = ("best_fit", "contiguous")
-BUFFER_DOCUMENTS = 1_000  # Source: nanochat/dataloader.py@92d63d4
+BUFFER_DOCUMENTS = 1_000  # Source: karpathy/nanochat nanochat/dataloader.py@92d63d4
 
 Row = dict[str, torch.Tensor]
 

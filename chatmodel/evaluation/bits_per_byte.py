@@ -28,7 +28,7 @@ def bits_per_byte(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], tok
     Raises:
         UserError: nothing was scored.
 
-    Source: nanochat/loss_eval.py@c75fe54.
+    Source: karpathy/nanochat nanochat/loss_eval.py@c75fe54.
     """
     device = get_device(model)
     token_bytes = token_bytes.to(device)

@@ -1,7 +1,7 @@
 """How much has a chat model learned? ChatCORE: the mean centered accuracy over six tasks.
 
 Questions, prompts, subsets and baselines are nanochat's, so that the metric is comparable with its.
-Source: scripts/chat_eval.py and tasks/*.py@c75fe54.
+Source: karpathy/nanochat scripts/chat_eval.py and tasks/*.py@c75fe54.
 """
 
 import time

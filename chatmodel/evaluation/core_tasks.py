@@ -1,7 +1,8 @@
 """What does CORE ask? The bundle's tasks, their few-shot prompts, and the tokens of each prompt that are scored.
 
 The data, the shuffle, the few-shot draw and the prompts are nanochat's, so that the metric is comparable with its.
-Source: nanochat/core_eval.py and scripts/base_eval.py@c75fe54; the metric is DCLM's, arXiv 2406.11794.
+Source: karpathy/nanochat nanochat/core_eval.py and scripts/base_eval.py@c75fe54; the metric is DCLM's,
+arXiv 2406.11794.
 """
 
 import csv

@@ -1,6 +1,7 @@
 """Does the program in a reply pass HumanEval's tests?
 
-Source: tasks/humaneval.py@c75fe54, whose reading of a reply is kept; the programs run in `chatmodel.execution`.
+Source: karpathy/nanochat tasks/humaneval.py@c75fe54, whose reading of a reply is kept; the programs run in
+`chatmodel.execution`.
 """
 
 import os

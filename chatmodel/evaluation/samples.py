@@ -8,7 +8,7 @@ from chatmodel.evaluation.scoring import encode_texts, fits_context
 from chatmodel.evaluation.skills import write_reference
 from chatmodel.generation import generate_replies
 
-# Source: scripts/base_loss.py@c75fe54, so that samples can be laid beside nanochat's.
+# Source: karpathy/nanochat scripts/base_loss.py@c75fe54, so that samples can be laid beside nanochat's.
 SAMPLE_PROMPTS = (
     "The capital of France is",
     "The chemical symbol of gold is",
