@@ -25,7 +25,9 @@ def test_command_line_beats_yaml_beats_default(tmp_path, monkeypatch):
     assert (args.depth, args.name, args.fast) == (6, "y", False)
 
 
-@pytest.mark.parametrize(("text", "named"), [("dept: 6\n", "did you mean depth"), ("- 1\n", "mapping"), ("a: [\n", "YAML")])
+@pytest.mark.parametrize(
+    ("text", "named"), [("dept: 6\n", "did you mean depth"), ("- 1\n", "mapping"), ("a: [\n", "YAML")]
+)
 def test_a_bad_config_is_one_sentence(tmp_path, monkeypatch, text, named):
     config = tmp_path / "a.yaml"
     config.write_text(text)
