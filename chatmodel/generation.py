@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from threading import Event, Thread
 from typing import Any
 
@@ -39,18 +40,21 @@ def build_generation_config(
     )
 
 
-def check_prompt_length(model: Any, length: int, max_new_tokens: int) -> None:
-    """Refuse a prompt that leaves no room for an answer in the model's context.
+def fit_new_tokens(model: Any, prompt_length: int, max_new_tokens: int) -> int:
+    """How many new tokens may follow a prompt: `max_new_tokens`, or what the model's context has left.
 
     Raises:
-        UserError: `length` prompt tokens and one new token exceed `max_position_embeddings`.
+        UserError: the prompt leaves no room for an answer in `max_position_embeddings`.
     """
     context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and length >= context:
+    if context is None:
+        return max_new_tokens
+    if prompt_length >= context:
         raise UserError(
-            f"the prompt has {length} tokens, but the model's context holds {context}, the answer included; shorten "
-            "the conversation or start a new one"
+            f"the prompt has {prompt_length} tokens, but the model's context holds {context}, the answer included; "
+            "shorten the conversation or start a new one"
         )
+    return min(max_new_tokens, context - prompt_length)
 
 
 @torch.inference_mode()
@@ -79,7 +83,7 @@ def generate_replies(
     """
     settings = build_generation_config(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    check_prompt_length(model, longest, max_new_tokens)
+    fit_new_tokens(model, longest, max_new_tokens)  # refused before any work is done
     if seed is not None:
         torch.manual_seed(seed)
     was_training = model.training
@@ -103,9 +107,8 @@ def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationCo
     width = max(len(prompt) for prompt in prompts)
     pad = settings.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and width + settings.max_new_tokens > context:
-        settings = GenerationConfig(**(settings.to_diff_dict() | {"max_new_tokens": context - width}))
+    settings = deepcopy(settings)
+    settings.max_new_tokens = fit_new_tokens(model, width, settings.max_new_tokens)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
     rows: list[list[int]] = output[:, width:].tolist()
@@ -171,11 +174,8 @@ def stream_reply(
         UserError: the conversation does not fit the model's context.
     """
     prompt = render_prompt(tokenizer, messages)
-    check_prompt_length(model, len(prompt), max_new_tokens)
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None:
-        max_new_tokens = min(max_new_tokens, context - len(prompt))
     settings = build_generation_config(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    settings.max_new_tokens = fit_new_tokens(model, len(prompt), max_new_tokens)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=False)
     stopped = Event()
     failures: list[BaseException] = []

@@ -18,20 +18,18 @@ from chatmodel.tokenizer import calculator_table, load_tokenizer
 ADAPTER_LR = 2e-3
 
 
-def load_stage_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model, tokenizer) of a finished stage, with the calculator switched on."""
+def load_stage_model(folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a finished stage, in fp32, with the calculator switched on."""
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=dtype)
+    model = load_model(folder, dtype=torch.float32)
     model.config.calculator = calculator_table(tokenizer)
     return model, tokenizer
 
 
-def build_stage_optimizer(
-    model: Any, base_folder: Path, *, lr_fraction: float, weight_decay: bool = False
-) -> MuonAdamW:
+def build_stage_optimizer(model: Any, base_folder: Path, *, lr_fraction: float) -> MuonAdamW:
     """The optimizer that pretraining used, from `plan.json` in `base_folder`, with rates times `lr_fraction`.
 
-    Adapters (LoRA) are trained by AdamW at `ADAPTER_LR * lr_fraction`.
+    Nothing decays, as in nanochat's later stages. Adapters (LoRA) are trained by AdamW at `ADAPTER_LR * lr_fraction`.
 
     Raises:
         UserError: a fraction that would not train, or no plan.
@@ -39,10 +37,7 @@ def build_stage_optimizer(
     if not lr_fraction > 0:
         raise UserError(f"lr_fraction={lr_fraction} must be greater than 0")
     plan = read_json(base_folder / "plan.json")
-    groups = {
-        name: GroupPlan(group["lr"], tuple(group["betas"]), group["weight_decay"] if weight_decay else 0.0)
-        for name, group in plan["groups"].items()
-    }
+    groups = {name: GroupPlan(group["lr"], tuple(group["betas"])) for name, group in plan["groups"].items()}
     groups["adapter"] = GroupPlan(ADAPTER_LR, (0.9, 0.99))
     return build_optimizer(
         model,
