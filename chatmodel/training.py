@@ -18,13 +18,12 @@ from chatmodel.data.store import TokenStore, ensure_token_store
 from chatmodel.evaluation.bits_per_byte import bits_per_byte
 from chatmodel.evaluation.core import evaluate_core
 from chatmodel.evaluation.samples import complete_sample_prompts
-from chatmodel.losses import LanguageModelLoss
 from chatmodel.model import GPTForCausalLM
-from chatmodel.optim import apply_schedule, build_optimizer
 from chatmodel.runs import Run, Stage
 from chatmodel.runtime import UserError, logger, peak_memory_bytes, write_json
 from chatmodel.scaling import RunPlan, plan_run
 from chatmodel.tokenizer import calculator_table, load_tokenizer, token_byte_lengths
+from chatmodel.train_step import TrainStep
 
 # Dense bf16 FLOPs per second by datasheet; the first name found in the device's name counts.
 PEAK_FLOPS = {
@@ -145,7 +144,6 @@ class Pretraining:
         self.tokenizer = load_tokenizer(run.folder("tokenizer"))
         self.plan = args.plan(len(self.tokenizer))
         self.checkpoints = run.checkpoints("base")
-        self.accumulation = self.plan.accumulation_steps(args.device_batch_size, accelerator.num_processes)
         with accelerator.main_process_first():
             stores = open_stores(args, self.plan, self.tokenizer, run)
         self.train_store, self.validation_store = stores
@@ -159,17 +157,14 @@ class Pretraining:
             calculator=calculator_table(self.tokenizer),
         )
         self.model = GPTForCausalLM(config)
-        loss_module = LanguageModelLoss(self.model)
-        optimizer = build_optimizer(
+        self.train_step = TrainStep(
             self.model,
-            self.plan.groups,
+            self.plan,
+            accelerator,
+            device_batch_size=args.device_batch_size,
             lr_fraction=args.lr_fraction,
-            orthogonalization=self.plan.orthogonalization,
-            normalize_updates=self.plan.normalize_updates,
+            compile=args.compile,
         )
-        if args.compile or (args.compile is None and accelerator.device.type == "cuda"):
-            loss_module.compile(dynamic=False)
-        self.loss_module, self.optimizer = accelerator.prepare(loss_module, optimizer)
         self.rows = PackedRows(
             self.train_store,
             sequence_length=args.sequence_length,
@@ -192,47 +187,31 @@ class Pretraining:
             if self.state.step % self.args.eval_every == 0:
                 self._measure()
             began = time.perf_counter()
-            multiplier = apply_schedule(self.optimizer, self.state.step, self.plan.schedule)
-            loss = torch.zeros((), device=self.accelerator.device)
-            for micro_step in range(self.accumulation):
-                loss += self._accumulate(batch, last=micro_step == self.accumulation - 1)
+            for _ in range(self.train_step.accumulation):
+                self.train_step.accumulate(batch)
                 position = self.rows.state_dict()
                 batch = next(batches)  # the device is still busy with the micro-batch just given to it
-            self._update(loss, multiplier, began)
+            self._finish_step(began)
             self._save_if_due(position)
         self._measure()
 
-    def _accumulate(self, batch: dict[str, torch.Tensor], *, last: bool) -> torch.Tensor:
-        """Add one micro-batch's gradient; returns its share of the step's loss."""
-        if last:
-            loss = self.loss_module(**batch) / self.accumulation
-            self.accelerator.backward(loss)
-        else:
-            with self.accelerator.no_sync(self.loss_module):
-                loss = self.loss_module(**batch) / self.accumulation
-                self.accelerator.backward(loss)
-        return loss.detach()
-
-    def _update(self, loss: torch.Tensor, multiplier: float, began: float) -> None:
-        value = float(self.accelerator.reduce(loss, "mean"))
-        if not math.isfinite(value):
+    def _finish_step(self, began: float) -> None:
+        result = self.train_step.finish(self.state.step)
+        if not result.updated:
             raise UserError(
-                f"the loss became {value} at step {self.state.step}, before this step's update; the last checkpoint "
-                f"in {self.checkpoints} is good: lower lr_fraction or check the data"
+                f"the loss became {result.loss} and the gradient's norm {result.gradient_norm} at step "
+                f"{self.state.step}, before this step's update; the last checkpoint in {self.checkpoints} is good: "
+                "lower lr_fraction or check the data"
             )
-        if self.plan.grad_clip is not None:
-            self.accelerator.clip_grad_norm_(self.loss_module.parameters(), self.plan.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         state = self.state
         state.step += 1
         state.train_seconds += seconds
-        state.smooth_loss = 0.9 * state.smooth_loss + 0.1 * value
+        state.smooth_loss = 0.9 * state.smooth_loss + 0.1 * result.loss
         if state.step % self.args.log_every == 0 or state.step in (1, self.plan.steps):
-            self._log_step(value, multiplier, seconds)
+            self._log_step(result.loss, result.lr_multiplier, seconds)
 
     def _log_step(self, loss: float, multiplier: float, seconds: float) -> None:
         state, plan = self.state, self.plan

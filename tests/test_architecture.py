@@ -12,7 +12,7 @@ LAYERS = [  # lowest first
     {"model", "runtime", "execution"},
     {"runs", "scaling", "tokenizer", "losses"},
     {"data", "optim", "tokenizer_comparison"},
-    {"conversations", "checkpoint"},
+    {"conversations", "checkpoint", "train_step"},
     {"generation", "rewards", "posttraining"},
     {"evaluation", "problems"},
     {"training"},
