@@ -1,13 +1,14 @@
 """How training state and finished models reach the disk whole, and how the last good state is found again."""
 
 import hashlib
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
-from accelerate import Accelerator
 
 from chatmodel.runs import publish_folder
 from chatmodel.runtime import UserError, logger, read_json, write_json
@@ -15,37 +16,136 @@ from chatmodel.runtime import UserError, logger, read_json, write_json
 MANIFEST = "manifest.json"
 
 
-def save_checkpoint(accelerator: Accelerator, root: Path, step: int, rank_state: Any, *, keep: int = 2) -> Path:
-    """Save everything registered with `accelerator`, and `rank_state` of each rank, as `root/step-<step>`.
+class HashingFile:
+    """A file being written whose SHA-256 is known at the end, so that nothing is read back to be hashed."""
 
-    The folder is written aside, hashed and renamed, so it is either whole or not there; all but the newest `keep`
-    are removed. Every rank calls this.
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+        self.error: OSError | None = None
+
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: Any) -> int:
+        """Append bytes, or a memoryview of them."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save only passes on that "a write failed"
+            raise
+        self._digest.update(data)
+        self._num_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Part of what torch.save expects of a file."""
+
+    def finish(self) -> dict[str, Any]:
+        """Wait until the disk has it all; returns `sha256` and `bytes`."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"sha256": self._digest.hexdigest(), "bytes": self._num_bytes}
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, so that training waits only while its state is copied."""
+
+    def __init__(self, root: Path, *, keep: int = 2) -> None:
+        self.root, self.keep = root, keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def write(self, step: int, parts: Mapping[str, Any]) -> None:
+        """Begin to write `parts`, which nobody may change any more; waits for the one before.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self.wait()
+        self._pending = self._pool.submit(write_checkpoint, self.root, step, parts, keep=self.keep)
+
+    def has_failed(self) -> bool:
+        """Whether `wait` would raise, as far as known now."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Return when everything is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def write_checkpoint(root: Path, step: int, parts: Mapping[str, Any], *, keep: int = 2) -> Path:
+    """Save each of `parts` (plain values and tensors) as `root/step-<step>/<name>.pt`, with their hashes.
+
+    The folder is written aside and renamed, so it is whole or not there. The newest `keep` stay. Any of a later step
+    is removed too: a run that is at `step` has passed over it as damaged.
 
     Raises:
-        UserError: the disk is full or not writable.
+        UserError: the disk is full or not writable; what there was before is still there.
     """
     target = root / f"step-{step:08d}"
-    aside = root / f".step-{step:08d}.writing"
+    aside = root / f".{target.name}.writing"
     try:
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside))
-        torch.save(rank_state, aside / f"rank-{accelerator.process_index:05d}.pt")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_json(aside / MANIFEST, {"step": step, "sha256": hash_files(aside)})
-            publish_folder(aside, target)
-            for old in list_checkpoints(root)[:-keep]:
-                shutil.rmtree(old)
+        for left_behind in root.glob(".step-*"):  # by a process that was killed
+            shutil.rmtree(left_behind)
+        aside.mkdir(parents=True)
+        files = {f"{name}.pt": write_part(aside / f"{name}.pt", part) for name, part in parts.items()}
+        write_json(aside / MANIFEST, {"step": step, "files": files})
+        # A rename can survive a power cut that the renamed file's content does not, so content comes first.
+        for path in (aside / MANIFEST, aside):
+            sync_to_disk(path)
+        publish_folder(aside, target)
+        sync_to_disk(root)
+        remove_superseded(root, target, keep=keep)
     except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"checkpoint {target} could not be written ({error}); free some space and start again, "
             "which continues from the last whole checkpoint"
         ) from None
-    accelerator.wait_for_everyone()
     return target
+
+
+def write_part(path: Path, part: Any) -> dict[str, Any]:
+    """Save one object; returns `sha256` and `bytes` of the file."""
+    with HashingFile(path) as file:
+        try:
+            torch.save(part, cast(IO[bytes], file))
+        except RuntimeError:
+            if file.error is None:
+                raise
+            raise file.error from None
+        return file.finish()
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders; its renames are journalled
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_superseded(root: Path, newest: Path, *, keep: int) -> None:
+    """Remove all checkpoints but `newest` and the `keep` - 1 before it."""
+    earlier = [folder for folder in list_checkpoints(root) if folder.name <= newest.name]
+    for folder in set(list_checkpoints(root)) - set(earlier[-keep:]):
+        hidden = root / f".{folder.name}.old"  # half removed it must not look like a checkpoint
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -54,54 +154,64 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint whose files still have the hashes they were written with; damaged ones are named."""
-    for folder in reversed(list_checkpoints(root)):
+    """The newest checkpoint whose files have the hashes they were written with; damaged ones are named.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    checkpoints = list_checkpoints(root)
+    for folder in reversed(checkpoints):
         problem = find_damage(folder)
         if problem is None:
             return folder
         logger.warning("checkpoint %s is damaged (%s) and is passed over", folder, problem)
+    if checkpoints:
+        raise UserError(f"no checkpoint in {root} is whole; delete that folder to begin anew, or bring back a copy")
     return None
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with the files that a folder's manifest lists, or None."""
     try:
-        expected = read_json(folder / MANIFEST)["sha256"]
-    except (UserError, KeyError, TypeError) as error:
-        return str(error)
-    found = hash_files(folder)
-    for name, digest in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != digest:
-            return f"{name} has changed"
+        files = read_json(folder / MANIFEST)["files"].items()
+        for name, expected in files:
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if hash_file(path) != expected["sha256"]:
+                return f"{name} has changed"
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be used: {error}"
     return None
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> Any:
-    """Restore everything registered with `accelerator`; returns this rank's `rank_state`.
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the manifest of a checkpoint that somebody else, a Trainer, has made."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
+        for path in paths
+    }
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The parts of a checkpoint by name, tensors on the CPU.
 
     Raises:
-        UserError: the checkpoint was made by another number of processes.
+        UserError: this process cannot see it.
     """
-    path = folder / f"rank-{accelerator.process_index:05d}.pt"
-    if len(list(folder.glob("rank-*.pt"))) != accelerator.num_processes:
-        raise UserError(
-            f"{folder} was made by {len(list(folder.glob('rank-*.pt')))} processes, not {accelerator.num_processes}; "
-            "start as many again, or delete it"
-        )
-    accelerator.load_state(str(folder))
-    return torch.load(path, weights_only=True)
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder` but the manifest, by relative name."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as file:
-                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"checkpoint {folder} is not to be seen here; all machines of a run need one shared run_dir")
+    return {path.stem: torch.load(path, map_location="cpu", weights_only=True) for path in sorted(folder.glob("*.pt"))}
 
 
 def save_model_folder(model: Any, tokenizer: Any, folder: Path, *, card: Sequence[str]) -> None:

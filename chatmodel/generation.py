@@ -12,8 +12,10 @@ from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStr
 
 from chatmodel.conversations.render import render_prompt
 from chatmodel.runtime import UserError
+from chatmodel.tokenizer import SPECIAL_TOKENS
 
 CALCULATOR_MARKS = re.compile(r"(<\|(?:python|output)_(?:start|end)\|>)")
+LONGEST_MARK = max(len(token) for token in SPECIAL_TOKENS)
 
 
 def build_generation_config(
@@ -44,8 +46,10 @@ def fit_new_tokens(model: Any, prompt_length: int, max_new_tokens: int) -> int:
     """How many new tokens may follow a prompt: `max_new_tokens`, or what the model's context has left.
 
     Raises:
-        UserError: the prompt leaves no room for an answer in `max_position_embeddings`.
+        UserError: the prompt is empty, or leaves no room for an answer in `max_position_embeddings`.
     """
+    if prompt_length == 0:
+        raise UserError("the prompt is empty; start it with <|bos|>")
     context = getattr(model.config, "max_position_embeddings", None)
     if context is None:
         return max_new_tokens
@@ -82,8 +86,8 @@ def generate_replies(
         progress: a label for a progress bar.
     """
     settings = build_generation_config(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    fit_new_tokens(model, longest, max_new_tokens)  # refused before any work is done
+    for prompt in prompts:
+        fit_new_tokens(model, len(prompt), max_new_tokens)  # refused before any work is done
     if seed is not None:
         torch.manual_seed(seed)
     was_training = model.training
@@ -121,6 +125,60 @@ def cut_at_end(ids: list[int], end_ids: Sequence[int], *, keep_end: bool = False
         if token_id in end_ids:
             return ids[: position + keep_end]
     return ids
+
+
+def break_control_tokens(text: str) -> str:
+    """Text with a space inside whatever spells a control token ("< |bos|>"), as the chat template does it."""
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, f"< {token[1:]}")
+    return text
+
+
+class ReplyStreamer(TextIteratorStreamer):  # type: ignore[misc]
+    """Pieces of a reply, in which only a control token looks like one.
+
+    A model may well spell "<|python_start|>" in letters, when a user asks it to: shown again as history, that would
+    steer it.
+    """
+
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
+        super().__init__(tokenizer, skip_prompt=True)
+        self.marks = {tokenizer.convert_tokens_to_ids(token): token for token in SPECIAL_TOKENS}
+        self.marks |= dict.fromkeys(end_ids, "")
+        self.held = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Args: value, the prompt (1, T) at first, then new ids (1,)."""
+        if self.next_tokens_are_prompt:
+            super().put(value)
+            return
+        for token_id in value.flatten().tolist():
+            if token_id in self.marks:
+                self.end_text()
+                self.text_queue.put(self.marks[token_id])
+            else:
+                super().put(torch.tensor([token_id]))
+
+    def end_text(self) -> None:
+        """Let go of all text that waits for more tokens, before a control token or the end."""
+        self.held += self.tokenizer.decode(self.token_cache)[self.print_len :]
+        self.text_queue.put(break_control_tokens(self.held))
+        self.token_cache, self.print_len, self.held = [], 0, ""
+
+    def end(self) -> None:
+        """Called by `generate` behind the last token."""
+        self.end_text()
+        self.next_tokens_are_prompt = True
+        self.text_queue.put(self.stop_signal)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass text on, but for what may be the beginning of a control token's name."""
+        text = self.held + text
+        cut = text.rfind("<")
+        if cut < 0 or len(text) - cut >= LONGEST_MARK:
+            cut = len(text)
+        self.held = text[cut:]
+        self.text_queue.put(break_control_tokens(text[:cut]))
 
 
 def split_marks(pieces: Iterable[str]) -> Iterator[str]:
@@ -167,6 +225,8 @@ def stream_reply(
 ) -> Iterator[str]:
     """The reply to a conversation as pieces of text, as they are generated; calculator calls stay visible as marks.
 
+    A mark is always a piece by itself. Letters that only spell one come with a space in them.
+
     Closing the iterator stops the generation, and so does an interrupt while it waits. A reply ends where the model's
     context does, whatever `max_new_tokens` says.
 
@@ -176,7 +236,7 @@ def stream_reply(
     prompt = render_prompt(tokenizer, messages)
     settings = build_generation_config(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     settings.max_new_tokens = fit_new_tokens(model, len(prompt), max_new_tokens)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=False)
+    streamer = ReplyStreamer(tokenizer, settings.eos_token_id)
     stopped = Event()
     failures: list[BaseException] = []
 
@@ -199,13 +259,8 @@ def stream_reply(
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    ends = {tokenizer.convert_ids_to_tokens(token_id) for token_id in settings.eos_token_id}
     try:
-        for piece in streamer:
-            for end in ends:
-                piece = piece.replace(end, "")
-            if piece:
-                yield piece
+        yield from filter(None, streamer)
     finally:
         # A thread that is still at work when Python exits would take the whole process down.
         stopped.set()

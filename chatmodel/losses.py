@@ -1,5 +1,6 @@
 """What pretraining minimises, computed without ever holding all logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 class SoftcappedCrossEntropy(torch.autograd.Function):
     """Sum over positions of the cross-entropy of `cap * tanh(hidden @ weight.T / cap)`, in chunks of positions.
 
-    The gradients are computed together with the loss, chunk by chunk, so that one chunk's logits are all that is ever
-    held: (chunk, vocab_size) instead of (positions, vocab_size) in fp32 several times over.
+    The gradients are computed together with the loss, chunk by chunk, so that one chunk's logits, in the dtype of
+    `hidden`, are all that is ever held, instead of all positions' in fp32 several times over. On CUDA the step from
+    logits to gradient is one kernel (`cross_entropy_kernel`).
     """
 
     @staticmethod
@@ -28,33 +30,61 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         total = hidden.new_zeros((), dtype=torch.float32)
+        cross_entropy = _fused_cross_entropy if hidden.is_cuda else _plain_cross_entropy
         for begin in range(0, hidden.shape[0], chunk_size):
             rows = slice(begin, begin + chunk_size)
-            capped, slope = _cap_logits((hidden[rows] @ matrix.T).float(), cap)
-            scored = targets[rows] >= 0
-            labels = targets[rows].clamp(min=0)[:, None]
-            log_normalizer = capped.logsumexp(dim=-1, keepdim=True)
-            nats = (log_normalizer - capped.gather(1, labels)).squeeze(1)
-            total = total + (nats * scored).sum()
-            if grad_hidden is None or grad_weight is None:
-                continue
-            gradient = capped.sub_(log_normalizer).exp_()
-            gradient.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=gradient.dtype))
-            gradient.mul_(scored[:, None])
-            if slope is not None:
-                gradient.mul_(slope)
-            gradient = gradient.to(hidden.dtype)
-            grad_hidden[rows] = gradient @ matrix
-            grad_weight += gradient.T @ hidden[rows]
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            nats, gradient = cross_entropy(hidden[rows] @ matrix.T, targets[rows], cap, needs_gradient)
+            total += nats.sum()
+            if grad_hidden is not None and grad_weight is not None and gradient is not None:
+                torch.mm(gradient, matrix, out=grad_hidden[rows])
+                _add_product(grad_weight, gradient.T, hidden[rows])
+        if needs_gradient:
+            ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         """Scale the gradients that the forward pass left."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_output, grad_weight * grad_output, None, None, None
+        return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output), None, None, None
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left @ right` to the fp32 `total`, on CUDA without rounding the product first."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
+def _fused_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, cap: float | None, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Nats (N,) and the gradient for `logits` (N, V) before the cap, which takes their place."""
+    # Triton comes with PyTorch's CUDA builds only.
+    from chatmodel.cross_entropy_kernel import cross_entropy_in_place
+
+    nats = cross_entropy_in_place(logits, targets, cap, write_gradient=needs_gradient)
+    return nats, logits if needs_gradient else None
+
+
+def _plain_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, cap: float | None, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same in plain PyTorch."""
+    capped, slope = _cap_logits(logits.float(), cap)
+    scored = targets >= 0
+    labels = targets.clamp(min=0)[:, None]
+    log_normalizer = capped.logsumexp(dim=-1, keepdim=True)
+    nats = (log_normalizer - capped.gather(1, labels)).squeeze(1) * scored
+    if not needs_gradient:
+        return nats, None
+    gradient = capped.sub_(log_normalizer).exp_()
+    gradient.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=gradient.dtype))
+    gradient.mul_(scored[:, None])
+    if slope is not None:
+        gradient.mul_(slope)
+    return nats, gradient.to(logits.dtype)
 
 
 def _cap_logits(logits: torch.Tensor, cap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -71,14 +101,15 @@ class LanguageModelLoss(nn.Module):
     Equal to the plain `GPTForCausalLM` loss (a test holds it to that), without its full logits.
     """
 
-    def __init__(self, model: Any, *, chunk_tokens: int = 4096) -> None:
+    def __init__(self, model: Any, *, chunk_tokens: int = 8192) -> None:
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
+        self.compute_states: Callable[..., Any] = model.model.forward  # or that function, compiled
 
     def forward(self, input_ids: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
         """Mean nats a scored position. Both (B, T); `shift_labels[:, t]` follows `input_ids[:, t]`, -100 unscored."""
-        states = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        states = self.compute_states(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = shift_labels.flatten()
         total: torch.Tensor = SoftcappedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             states.flatten(0, 1),

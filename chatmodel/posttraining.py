@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from chatmodel.checkpoint import load_model, save_model_folder
-from chatmodel.optim import MuonAdamW, build_optimizer
+from chatmodel.checkpoint import MANIFEST, find_damage, load_model, save_model_folder, seal_folder
+from chatmodel.optim.groups import build_optimizer
+from chatmodel.optim.optimizer import MuonAdamW
 from chatmodel.runtime import UserError, choose_precision, logger, read_json, write_json
 from chatmodel.scaling import GroupPlan
 from chatmodel.tokenizer import calculator_table, load_tokenizer
@@ -82,6 +84,16 @@ class StopOnBadGradient(TrainerCallback):  # type: ignore[misc]
             )
 
 
+class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Leaves a manifest in each checkpoint of a Trainer, by which damage is found before it is continued from."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer on every rank, behind each checkpoint."""
+        PartialState().wait_for_everyone()  # each rank writes its own part
+        if state.is_world_process_zero:
+            seal_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
 def fit_to_device(training: Any, precision: str | None) -> None:
     """Give a Trainer's arguments the precision this device is faster with, or the one asked for; pin only for CUDA.
 
@@ -109,16 +121,25 @@ def batch_rows(rows: Dataset, *, pad_token_id: int, batch_size: int) -> Iterator
 
 
 def latest_trainer_checkpoint(folder: Path) -> str | None:
-    """The newest `checkpoint-<step>` a Trainer finished in `folder`; half-written ones are removed with a word.
+    """The newest whole `checkpoint-<step>` of a Trainer in `folder`; half-written ones are removed with a word.
 
-    The Trainer writes `trainer_state.json` last of what it reads, so a checkpoint without it was cut short.
+    The Trainer writes `trainer_state.json` last of what it reads, so a checkpoint without it was cut short. One whose
+    files are not as `SealCheckpoints` left them is renamed, so that the Trainer counts it no longer.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(checkpoints):
-        if (path / "trainer_state.json").exists() and (path / "optimizer.pt").exists():
-            return str(path)
-        logger.warning("checkpoint %s was cut short and is removed", path)
-        shutil.rmtree(path)
+    with PartialState().main_process_first():
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for path in reversed(checkpoints):
+            if not (path / "trainer_state.json").exists() or not (path / "optimizer.pt").exists():
+                logger.warning("checkpoint %s was cut short and is removed", path)
+                shutil.rmtree(path)
+                continue
+            problem = find_damage(path) if (path / MANIFEST).exists() else None
+            if problem is None:
+                return str(path)
+            aside = path.with_name(f"damaged-{path.name}")
+            logger.warning("checkpoint %s is damaged (%s) and is passed over; it is now %s", path, problem, aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     return None
 
 

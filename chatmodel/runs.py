@@ -25,8 +25,22 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "rl_eval": ("rl",),
 }
 
-# Where the run lies and how it is watched change no result, so changing them is no changed setting.
-NEUTRAL_SETTINGS = frozenset({"run_dir", "tracker", "report_to", "logging_steps", "log_every", "overwrite"})
+# Where the run lies, how it is watched and kept, and how many rows a device holds at once (the rows of a step are the
+# same) change no result, so changing them is no changed setting: a run that was stopped can go on with them.
+NEUTRAL_SETTINGS = frozenset(
+    {
+        *("run_dir", "tracker", "report_to", "logging_steps", "log_every", "overwrite"),
+        *(
+            "save_every",
+            "save_every_minutes",
+            "data_timeout",
+            "rank_timeout",
+            "device_batch_size",
+            "auto_batch",
+            "hourly_rate",
+        ),
+    }
+)
 
 
 @dataclass(frozen=True)

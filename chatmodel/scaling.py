@@ -11,7 +11,7 @@ REFERENCE_TOKENS = 1.32e9  # the horizon at depth 12 that rates and decay were t
 REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_WIDTH = 768
 MAX_WEIGHT_DECAY = 0.6
-RECIPES = ("chatmodel", "seed")
+RECIPES = ("chatmodel", "seed", "compat")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def plan_run(
             "change one of them"
         )
     seed = recipe == "seed"
-    model = _model_settings(depth, vocab_size, sequence_length, head_dim, window_pattern, seed=seed)
+    model = _model_settings(depth, vocab_size, sequence_length, head_dim, window_pattern, recipe=recipe)
     config = GPTConfig(**model)
     parameters, scaling_parameters = count_parameters(config)
     if seed:
@@ -196,7 +196,8 @@ def count_parameters(config: GPTConfig) -> tuple[int, int]:
     assert config.intermediate_size is not None
     key_value = config.num_key_value_heads * config.head_dim
     query = config.num_attention_heads * config.head_dim
-    matrices = layers * (2 * width * query + 2 * width * key_value + 2 * width * config.intermediate_size)
+    mlp = (3 if config.gated_mlp else 2) * width * config.intermediate_size
+    matrices = layers * (2 * width * query + 2 * width * key_value + mlp)
     vocabulary = config.vocab_size * width
     value_layers = sum(config.has_value_embedding(index) for index in range(layers))
     gate = min(config.value_gate_channels, width) * config.num_key_value_heads
@@ -221,9 +222,9 @@ def count_flops_per_token(config: GPTConfig, sequence_length: int) -> float:
 
 
 def _model_settings(
-    depth: int, vocab_size: int, sequence_length: int, head_dim: int, window_pattern: str | None, *, seed: bool
+    depth: int, vocab_size: int, sequence_length: int, head_dim: int, window_pattern: str | None, *, recipe: str
 ) -> dict[str, Any]:
-    if seed:
+    if recipe == "seed":
         # Width may be no multiple of the head size there: the heads then share it evenly.
         width, heads = 64 * depth, math.ceil(64 * depth / head_dim)
         if width % heads or (width // heads) % 2:
@@ -237,13 +238,21 @@ def _model_settings(
         "num_hidden_layers": depth,
         "num_attention_heads": heads,
         "max_position_embeddings": sequence_length,
-        "window_pattern": window_pattern or ("L" if seed else "SSSL"),
+        "window_pattern": window_pattern or ("SSSL" if recipe == "chatmodel" else "L"),
     }
-    if seed:
+    if recipe != "chatmodel":
+        settings |= {"value_embeddings": False, "residual_scalars": False, "backout": False}
+    if recipe == "compat":
+        # What is left can be written as a Qwen3 (chatmodel/export/weights.py). Three matrices instead of two: two
+        # thirds of the width keep the MLP's size, in multiples of 64 that fit the blocks of quantised formats.
         settings |= {
-            "value_embeddings": False,
-            "residual_scalars": False,
-            "backout": False,
+            "gated_mlp": True,
+            "hidden_act": "silu",
+            "intermediate_size": 64 * max(1, round(width / 24)),
+            "final_logit_softcapping": None,
+        }
+    if recipe == "seed":
+        settings |= {
             "qk_scale": 1.0,
             "init_scheme": "normal",
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},

@@ -1,5 +1,6 @@
 """How text becomes ids: a byte-level BPE tokenizer, trained here and saved so that any Hugging Face tool loads it."""
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -38,6 +39,14 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
+# Qwen2's pattern, as llama.cpp's pre-tokenizer "qwen2" has it (single digits), for models that are to run there.
+# Source: ggml-org/llama.cpp src/llama-vocab.cpp@00ad355, LLAMA_VOCAB_PRE_TYPE_QWEN2.
+QWEN2_SPLIT_PATTERN = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLIT_PATTERNS = {"chatmodel": SPLIT_PATTERN, "qwen2": QWEN2_SPLIT_PATTERN}
+
 # What an expression for the calculator can be made of, and the texts its results are written with.
 CALCULATOR_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 '\"+-*/().,_%")
 CALCULATOR_OUTPUTS = ("-", ".", *(str(n) for n in range(10)), *(f"{n:02}" for n in range(100)))
@@ -56,26 +65,39 @@ CHARACTER_BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACT
 
 
 def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, *, max_chars: int, doc_cap: int, model_max_length: int = 2048
+    documents: Iterable[str],
+    vocab_size: int,
+    *,
+    max_chars: int,
+    doc_cap: int,
+    model_max_length: int = 2048,
+    split: str = "chatmodel",
 ) -> PreTrainedTokenizerFast:
     """Train on documents cut to `doc_cap` characters, until `max_chars` characters are read.
 
     Args:
         vocab_size: all ids, the special tokens included.
+        split: a name in `SPLIT_PATTERNS`: how text is cut before merging.
 
     Raises:
-        UserError: the vocabulary is too small, or the text too little for it.
+        UserError: the vocabulary is too small, the text too little for it, or the split unknown.
 
     Source: karpathy/nanochat scripts/tok_train.py@c75fe54.
     """
     tokenizer, _ = train_and_measure(
-        documents, vocab_size, max_chars=max_chars, doc_cap=doc_cap, model_max_length=model_max_length
+        documents, vocab_size, max_chars=max_chars, doc_cap=doc_cap, model_max_length=model_max_length, split=split
     )
     return tokenizer
 
 
 def train_and_measure(
-    documents: Iterable[str], vocab_size: int, *, max_chars: int, doc_cap: int, model_max_length: int = 2048
+    documents: Iterable[str],
+    vocab_size: int,
+    *,
+    max_chars: int,
+    doc_cap: int,
+    model_max_length: int = 2048,
+    split: str = "chatmodel",
 ) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
     """`train_tokenizer`, and the statistics of the training for the report.
 
@@ -89,12 +111,16 @@ def train_and_measure(
     for name, value in {"max_chars": max_chars, "doc_cap": doc_cap, "model_max_length": model_max_length}.items():
         if value < 1:
             raise UserError(f"{name} is {value}; give a number of at least 1")
+    if split not in SPLIT_PATTERNS:
+        raise UserError(f"split={split!r} is unknown; choose one of {', '.join(SPLIT_PATTERNS)}")
+    pattern = SPLIT_PATTERNS[split]
     read = {"train_documents": 0, "train_chars": 0}
     started = time.perf_counter()
-    tokens = _train_tokens(_cut_documents(documents, max_chars=max_chars, doc_cap=doc_cap, read=read), vocab_size)
+    texts = _cut_documents(documents, max_chars=max_chars, doc_cap=doc_cap, read=read)
+    tokens = _train_tokens(texts, vocab_size, pattern)
     seconds = time.perf_counter() - started
     _check_enough_text(tokens, vocab_size, **read)
-    tokenizer = convert_tokens(tokens, model_max_length=model_max_length)
+    tokenizer = convert_tokens(tokens, model_max_length=model_max_length, split_pattern=pattern)
     statistics = {
         "vocab_size": vocab_size,
         "num_special_tokens": len(SPECIAL_TOKENS),
@@ -120,10 +146,10 @@ def _cut_documents(documents: Iterable[str], *, max_chars: int, doc_cap: int, re
                 return
 
 
-def _train_tokens(documents: Iterator[str], vocab_size: int) -> list[bytes]:
+def _train_tokens(documents: Iterator[str], vocab_size: int, pattern: str) -> list[bytes]:
     """The bytes of each token, in the order of the ranks; fewer than asked for when the text runs out of pairs."""
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(documents, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    trainer.train_from_iterator(documents, vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
     return [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
 
 
@@ -139,7 +165,9 @@ def _check_enough_text(tokens: Sequence[bytes], vocab_size: int, *, train_docume
         )
 
 
-def convert_tokens(tokens: Sequence[bytes], *, model_max_length: int = 2048) -> PreTrainedTokenizerFast:
+def convert_tokens(
+    tokens: Sequence[bytes], *, model_max_length: int = 2048, split_pattern: str = SPLIT_PATTERN
+) -> PreTrainedTokenizerFast:
     """The standard tokenizer for byte-level BPE tokens given in the order of their ranks; adds the special tokens.
 
     `tokenizer(text)` puts `<|bos|>` in front, `add_special_tokens=False` does not. The end of a reply ends
@@ -151,7 +179,7 @@ def convert_tokens(tokens: Sequence[bytes], *, model_max_length: int = 2048) -> 
     backend = Tokenizer(BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(split_pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -261,11 +289,17 @@ def describe_token_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[str, float]
     }
 
 
+def read_split_pattern(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The pattern that cuts text before merging: of the first step of the pre-tokenizer that `convert_tokens` made."""
+    steps = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
+    return str(steps[0]["pattern"]["Regex"])
+
+
 def build_encoding(tokenizer: PreTrainedTokenizerFast) -> tiktoken.Encoding:
     """The same ids, several times faster in bulk: `encode_ordinary_batch` never gives special tokens or `<|bos|>`."""
     return tiktoken.Encoding(
         name="chatmodel",
-        pat_str=SPLIT_PATTERN,
+        pat_str=read_split_pattern(tokenizer),
         mergeable_ranks={token: rank for rank, token in enumerate(ordinary_tokens(tokenizer))},
         special_tokens=dict(
             zip(SPECIAL_TOKENS, range(len(tokenizer) - len(SPECIAL_TOKENS), len(tokenizer)), strict=True)

@@ -4,14 +4,23 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
+from chatmodel.attention import TRAINING_ATTENTION, AttentionShape, choose_attention, use_attention, works_here
 from chatmodel.losses import LanguageModelLoss
-from chatmodel.model import GPTForCausalLM
-from chatmodel.optim import apply_schedule, build_optimizer
+from chatmodel.model import GPTConfig, GPTForCausalLM
+from chatmodel.optim.groups import build_optimizer
+from chatmodel.optim.ownership import Ownership
+from chatmodel.optim.schedule import apply_schedule
+from chatmodel.runtime import logger
 from chatmodel.scaling import RunPlan
+from chatmodel.training_layers import TrainingLayers
+
+EVALUATION_ATTENTION = "sdpa"  # respects padding, which the training kernels do not look at
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,10 @@ class StepResult:
 class TrainStep:
     """The model and the optimizer of a run, and how they take one step together.
 
-    A step is `accumulate` for each of `accumulation` micro-batches, then `finish`.
+    A step is `accumulate` for each of `accumulation` micro-batches, then `finish`. In bf16 the weights are rounded
+    once a step from fp32 masters kept by the optimizer, and gradients add up in fp32. Ranks exchange gradients once a
+    step, and each updates the weights it owns. Under FSDP, Accelerate divides the weights and sets the precision.
+    `accelerator.save_state` and `load_state` cover both model and optimizer.
     """
 
     def __init__(
@@ -45,45 +57,90 @@ class TrainStep:
     ) -> None:
         self.model, self.plan, self.accelerator = model, plan, accelerator
         self.accumulation = plan.accumulation_steps(device_batch_size, accelerator.num_processes)
-        loss_module = LanguageModelLoss(model)
+        self.divided = accelerator.distributed_type == DistributedType.FSDP
+        device = accelerator.device
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        if not self.divided:
+            keep_masters_in_optimizer(model.to(device), dtype)
+        ownership = None
+        if not self.divided and accelerator.num_processes > 1:
+            ownership = Ownership(
+                model.parameters(), rank=accelerator.process_index, world_size=accelerator.num_processes
+            )
         optimizer = build_optimizer(
             model,
             plan.groups,
             lr_fraction=lr_fraction,
             orthogonalization=plan.orthogonalization,
             normalize_updates=plan.normalize_updates,
+            ownership=ownership,
         )
-        if compile or (compile is None and accelerator.device.type == "cuda"):
-            loss_module.compile(dynamic=False)
-        self.loss_module, self.optimizer = accelerator.prepare(loss_module, optimizer)
+        compiled = device.type == "cuda" if compile is None else compile
+        self._shapes, self._place = attention_shapes(model.config, device_batch_size), (device, dtype)
+        self._use_attention(choose_attention(self._shapes, device, dtype, compiled=compiled))
+        # In plain PyTorch the model's own parts are the faster ones.
+        self.layers = TrainingLayers(model, dtype) if compiled else None
+        self._prepare_training()
+        self.loss_module = LanguageModelLoss(model)
+        if compiled:
+            self.loss_module.compute_states = torch.compile(model.model.forward, dynamic=False, fullgraph=True)
+        if self.divided:
+            self.loss_module, self.optimizer = accelerator.prepare(self.loss_module, optimizer)
+        else:
+            self.optimizer = optimizer
+            accelerator.register_for_checkpointing(self)
         self._losses: list[torch.Tensor] = []
 
     def accumulate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Add the gradient of one micro-batch of `input_ids` and `shift_labels` (B, T); returns its loss."""
-        last = len(self._losses) == self.accumulation - 1
-        if last:
-            loss = self.loss_module(**batch)
-            self.accelerator.backward(loss / self.accumulation)
-        else:
-            with self.accelerator.no_sync(self.loss_module):
-                loss = self.loss_module(**batch)
-                self.accelerator.backward(loss / self.accumulation)
+        loss = self.loss_module(**batch)
+        shares = self.accumulation * (1 if self.divided else self.accelerator.num_processes)
+        (loss / shares).backward()
         self._losses.append(loss.detach())
         return self._losses[-1]
 
     def finish(self, step: int) -> StepResult:
         """Update the weights with what was accumulated, unless it is not finite; `step` counts from 0."""
         assert len(self._losses) == self.accumulation, (len(self._losses), self.accumulation)
-        loss = float(self.accelerator.reduce(torch.stack(self._losses).mean(), "mean"))
+        loss = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean")
         self._losses.clear()
-        limit = math.inf if self.plan.grad_clip is None else self.plan.grad_clip
-        norm = self.accelerator.clip_grad_norm_(self.loss_module.parameters(), limit)
+        if not self.divided:
+            self.optimizer.reduce_gradients()
+        norm = self._clip_gradients()
         multiplier = apply_schedule(self.optimizer, step, self.plan.schedule)
-        finite = math.isfinite(loss) and math.isfinite(float(norm))
-        if finite:
+        numbers = torch.stack((loss.float(), norm))
+        if numbers.is_cuda and not self.divided:
+            # The update is on its way before these numbers are known here, so the device is never idle.
+            numbers, known = self._fetch(numbers)
+            self.optimizer.step()
+            known.synchronize()
+        elif numbers.isfinite().all():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, float(norm), multiplier, finite)
+        loss_value, norm_value = numbers.tolist()
+        return StepResult(loss_value, norm_value, multiplier, math.isfinite(loss_value) and math.isfinite(norm_value))
+
+    def _fetch(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """Begin to copy `numbers` to the host, and tell the optimizer to skip its step if they are not finite."""
+        self.optimizer.skip = ~numbers.isfinite().all()
+        on_host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+        known = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        known.record()
+        return on_host, known
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """The norm of the whole gradient, which is cut to the plan's limit if there is one."""
+        limit = math.inf if self.plan.grad_clip is None else self.plan.grad_clip
+        if self.divided:
+            norm = self.accelerator.clip_grad_norm_(self.loss_module.parameters(), limit)
+            assert norm is not None
+            return norm.full_tensor().float() if hasattr(norm, "full_tensor") else norm.float()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        norm = self.accelerator.reduce(square, "sum").sqrt()
+        if limit < math.inf:
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def drop(self) -> None:
         """Forget what was accumulated since the last step."""
@@ -92,10 +149,67 @@ class TrainStep:
 
     @contextmanager
     def evaluating(self) -> Iterator[GPTForCausalLM]:
-        """The model as evaluation wants it: no dropout, padding masks respected, the run's precision."""
+        """The model as evaluation wants it: no dropout, padding masks respected, the run's precision.
+
+        Not for weights divided by FSDP, which must be put together first (`chatmodel.training.sharding`).
+        """
+        assert not self.divided
+        if self.layers is not None:
+            self.layers.remove()
+        self.model.set_attn_implementation(EVALUATION_ATTENTION)
         self.model.eval()
         try:
-            with self.accelerator.autocast():
-                yield self.model
+            yield self.model
         finally:
-            self.model.train()
+            self._prepare_training()
+
+    def _prepare_training(self) -> None:
+        if self.layers is not None:
+            self.layers.install()
+        self.model.set_attn_implementation(TRAINING_ATTENTION)
+        self.model.train()
+
+    def _use_attention(self, chosen: dict[int | None, str]) -> None:
+        self.attention = chosen
+        use_attention(chosen, length=self.model.config.max_position_embeddings, device=self.accelerator.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer state and chosen kernels; the state is gathered, so every rank must call this."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "attention": self.attention,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, on any number of ranks."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state.get("attention", self.attention)
+        if saved != self.attention and all(works_here(saved[s.window], s, *self._place) for s in self._shapes):
+            logger.info("attention as before the interruption: %s", ", ".join(dict.fromkeys(saved.values())))
+            self._use_attention(saved)
+
+
+def keep_masters_in_optimizer(model: GPTForCausalLM, dtype: torch.dtype) -> None:
+    """Round the weights to `dtype`, and let their gradients add up in fp32. Buffers (rotary tables) stay fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.grad_dtype = torch.float32
+
+
+def attention_shapes(config: GPTConfig, device_batch_size: int) -> list[AttentionShape]:
+    """The shapes of a model's attention, one for each kind of layer, the most frequent first."""
+    assert config.layer_types is not None
+    assert config.head_dim is not None
+    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+    return [
+        AttentionShape(
+            batch=device_batch_size,
+            heads=config.num_attention_heads,
+            sequence_length=config.max_position_embeddings,
+            head_dim=config.head_dim,
+            window=window,
+        )
+        for window in sorted(set(windows), key=lambda window: -windows.count(window))
+    ]

@@ -12,6 +12,7 @@ from chatmodel.conversations.render import render_prompt
 from chatmodel.generation import generate_replies, mask_calculator_output
 from chatmodel.posttraining import (
     PlannedOptimizer,
+    SealCheckpoints,
     StopOnBadGradient,
     fit_to_device,
     latest_trainer_checkpoint,
@@ -103,7 +104,7 @@ def main() -> None:
         train_dataset=problems,
         reward_funcs=[reward_spelling if args.task == "SimpleSpelling" else reward_answer],
         processing_class=tokenizer,
-        callbacks=[StopOnBadGradient()],
+        callbacks=[StopOnBadGradient(), SealCheckpoints()],
         rollout_func=build_rollout(args),
         plan_folder=run.folder("sft"),
         lr_fraction=args.lr_fraction,

@@ -1,21 +1,58 @@
 """Pretrain a base model: `accelerate launch recipes/pretrain.py --config recipes/configs/cpu/pretrain.yaml`."""
 
-import json
+import sys
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
 
+from chatmodel.devices import describe_device, describe_named
+from chatmodel.estimate.memory import largest_batch
+from chatmodel.estimate.prediction import Prediction, check_resources, predict_run
+from chatmodel.estimate.setup import Setup
+from chatmodel.estimate.speed import time_model
+from chatmodel.report.prediction import describe_plan
 from chatmodel.runs import Run
-from chatmodel.runtime import UserError, choose_precision, entry_point, logger, parse_arguments
+from chatmodel.runtime import UserError, choose_precision, entry_point, logger, parse_arguments, write_json
+from chatmodel.scaling import RunPlan
 from chatmodel.tokenizer import load_tokenizer
-from chatmodel.training import PretrainArguments, Pretraining
+from chatmodel.training.arguments import PretrainArguments
+from chatmodel.training.loop import Pretraining
+from chatmodel.training.ranks import join_ranks
 
-DEFAULT_VOCAB_SIZE = 32_768
+
+@dataclass
+class PredictionArguments:
+    """What else can be asked of a prediction; a run keeps the one it began with, for its report."""
+
+    hourly_rate: float | None = field(default=None, metadata={"help": "US dollars an hour of the whole machine."})
+    device_name: str | None = field(default=None, metadata={"help": "--dry_run for another GPU, e.g. 'RTX 4090'."})
+    num_devices: int | None = field(default=None, metadata={"help": "--dry_run for so many of --device_name."})
+    vocab_size: int = field(default=32_768, metadata={"help": "--dry_run before there is a tokenizer."})
+    measure: bool = field(default=False, metadata={"help": "--dry_run by steps of the model itself, not by estimate."})
+    plan_json: Path | None = field(default=None, metadata={"help": "--dry_run also writes all it knows here."})
+
+    def check(self, *, dry_run: bool) -> None:
+        """Refuse what cannot be or has no meaning."""
+        for name in ("device_name", "measure", "plan_json"):
+            if getattr(self, name) and not dry_run:
+                raise UserError(f"{name} is for a dry run; add --dry_run or leave it out")
+        for name in ("hourly_rate", "num_devices", "vocab_size"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.device_name is None and self.num_devices is not None:
+            raise UserError("num_devices is for --device_name; here as many devices count as processes are launched")
+        if self.device_name is not None and self.measure:
+            raise UserError("measure times this machine's device, and device_name is about another; leave one out")
 
 
 def build_accelerator(args: PretrainArguments) -> Accelerator:
     # Accelerator reads this flag itself, but the precision must be known before there is one.
-    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    join_ranks(timeout=args.rank_timeout)
+    timeout = timedelta(seconds=args.rank_timeout)
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout).device
     precision = choose_precision(device, args.mixed_precision)
     try:
         return Accelerator(mixed_precision=precision, log_with=args.tracker, project_dir=args.run_dir)
@@ -25,35 +62,82 @@ def build_accelerator(args: PretrainArguments) -> Accelerator:
         ) from None
 
 
-def find_vocab_size(run: Run) -> int:
-    """Of the run's tokenizer, or what a tokenizer would have by default, so that a plan costs nothing."""
+def find_vocab_size(run: Run, expected: int) -> int:
+    """Of the run's tokenizer, or what is expected of it, so that a plan costs nothing."""
     if run.folder("tokenizer").exists():
         return len(load_tokenizer(run.folder("tokenizer")))
-    logger.info("%s has no tokenizer yet, so the plan is made for %d tokens", run.run_dir, DEFAULT_VOCAB_SIZE)
-    return DEFAULT_VOCAB_SIZE
+    logger.info("%s has no tokenizer yet, so the plan is made for vocab_size=%d", run.run_dir, expected)
+    return expected
+
+
+def build_setup(
+    args: PretrainArguments, asked: PredictionArguments, plan: RunPlan, run: Run, accelerator: Accelerator | None
+) -> Setup:
+    """How the plan would run on the accelerator's device, or on the named one without an accelerator."""
+    if accelerator is None:
+        device = describe_named(str(asked.device_name))
+        precision, num_devices, divided = args.mixed_precision or "bf16", asked.num_devices or 1, False
+    else:
+        device = describe_device(accelerator.device)
+        precision, num_devices = accelerator.mixed_precision, accelerator.num_processes
+        divided = accelerator.distributed_type == DistributedType.FSDP
+    setup = Setup(
+        device=device,
+        precision=precision,
+        compiled=device.kind == "cuda" if args.compile is None else args.compile,
+        device_batch_size=args.device_batch_size,
+        num_devices=num_devices,
+        divided=divided,
+        eval_every=args.eval_every,
+        eval_tokens=args.eval_tokens,
+        data_is_ready=(run.folder("data") / "train").exists(),
+        hourly_rate=asked.hourly_rate,
+    )
+    return replace(setup, device_batch_size=largest_batch(plan, setup) or 1) if args.auto_batch else setup
+
+
+def predict(
+    args: PretrainArguments, asked: PredictionArguments, run: Run, accelerator: Accelerator | None
+) -> tuple[RunPlan, Setup, Prediction]:
+    """The plan and what it will take; to be called before anything else is built, and by every rank."""
+    plan = args.plan(find_vocab_size(run, asked.vocab_size))
+    setup = build_setup(args, asked, plan, run, accelerator)
+    plan.accumulation_steps(setup.device_batch_size, setup.num_devices)  # refuses what cannot be divided
+    return plan, setup, predict_run(plan, setup, speed=time_model(plan, setup) if asked.measure else None)
+
+
+def write_plan(args: PretrainArguments, asked: PredictionArguments, plan: RunPlan, prediction: Prediction) -> None:
+    for name, text in describe_plan(plan, prediction, lr_fraction=args.lr_fraction):
+        sys.stdout.write(f"{name + ':':<16}{text}\n")
+    if asked.plan_json is not None:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        known = {"plan": plan.as_dict(), "prediction": prediction.as_dict(), "arguments": settings}
+        write_json(Path(asked.plan_json), known)
 
 
 def main() -> None:
-    (args,) = parse_arguments(PretrainArguments)
+    args, asked = parse_arguments(PretrainArguments, PredictionArguments)
+    asked.check(dry_run=args.dry_run)
     run = Run(args.run_dir)
     if args.dry_run:
-        plan = args.plan(find_vocab_size(run))
-        logger.info(
-            "%s\n%s",
-            json.dumps({"plan": plan.as_dict(), "arguments": vars(args)}, indent=2, default=str),
-            plan.describe(),
-        )
+        accelerator = build_accelerator(args) if asked.device_name is None else None
+        plan, setup, prediction = predict(args, asked, run, accelerator)
+        if accelerator is None or accelerator.is_main_process:
+            write_plan(args, asked, plan, prediction)
+        check_resources(plan, setup, prediction, run)
         return
     stage = run.begin("base")
     if stage is None:
         return
     accelerator = build_accelerator(args)
+    plan, setup, prediction = predict(args, asked, run, accelerator)
+    check_resources(plan, setup, prediction, run)
     pretraining = Pretraining(args, run, accelerator)
     logger.info("%s", pretraining.plan.describe())
     if args.tracker:
         accelerator.init_trackers("chatmodel", config=stage.settings)
     pretraining.train()
-    pretraining.finish(stage)
+    pretraining.finish(stage, prediction=prediction.as_dict())
     accelerator.end_training()
 
 

@@ -7,11 +7,13 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
+from chatmodel import LORA_TARGETS
 from chatmodel.conversations.mixtures import load_mixture
 from chatmodel.conversations.render import Rendered, preview_masks
 from chatmodel.evaluation.bits_per_byte import bits_per_byte
 from chatmodel.posttraining import (
     PlannedOptimizer,
+    SealCheckpoints,
     StopOnBadGradient,
     batch_rows,
     fit_to_device,
@@ -23,8 +25,6 @@ from chatmodel.posttraining import (
 from chatmodel.runs import STAGE_INPUTS, Run
 from chatmodel.runtime import UserError, entry_point, logger, parse_arguments, peak_memory_bytes
 from chatmodel.tokenizer import token_byte_lengths
-
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
 @dataclass
@@ -117,7 +117,7 @@ def main() -> None:
         train_dataset=rows.select_columns(["input_ids", "labels"]),
         eval_dataset=None if validation is None else validation.select_columns(["input_ids", "labels"]),
         processing_class=tokenizer,
-        callbacks=[StopOnBadGradient()],
+        callbacks=[StopOnBadGradient(), SealCheckpoints()],
         plan_folder=run.folder(source),
         lr_fraction=args.lr_fraction,
     )

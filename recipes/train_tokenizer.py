@@ -21,6 +21,9 @@ class TokenizerArguments:
     text_column: str = field(default="text", metadata={"help": "The column or field that holds the text."})
     vocab_size: int = field(default=32_768, metadata={"help": "All ids, the nine special tokens included."})
     max_chars: int = field(default=1_000_000_000, metadata={"help": "Characters to read at most."})
+    split: str = field(
+        default="chatmodel", metadata={"help": "How text is cut first: 'chatmodel', or 'qwen2' for llama.cpp."}
+    )
     doc_cap: int = field(default=10_000, metadata={"help": "Characters to read of one document at most."})
     sequence_length: int = field(default=2048, metadata={"help": "Context of the model; becomes model_max_length."})
     comparison_chars: int = field(
@@ -39,6 +42,7 @@ def main() -> None:
         max_chars=args.max_chars,
         doc_cap=args.doc_cap,
         model_max_length=args.sequence_length,
+        split=args.split,
     )
     save_tokenizer(tokenizer, stage.folder)
     logger.info("tokenizer: %s ids trained in %.1f s", f"{args.vocab_size:,}", statistics["train_seconds"])

@@ -7,7 +7,7 @@ from chatmodel.data.store import TokenStore
 from chatmodel.runs import Run
 from chatmodel.runtime import entry_point, logger, parse_arguments
 from chatmodel.tokenizer import load_tokenizer
-from chatmodel.training import PretrainArguments, open_stores
+from chatmodel.training.arguments import PretrainArguments, open_stores
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-root", type=Path, help="folder with real data for tests marked 'data'")
+    parser.addoption("--nanochat-root", type=Path, action="append", help="a checkout of nanochat; may be repeated")
 
 
 @pytest.fixture
@@ -25,6 +26,14 @@ def data_root(request: pytest.FixtureRequest) -> Path:
     root = request.config.getoption("--data-root")
     assert root is not None, "tests marked 'data' need --data-root PATH"
     return root
+
+
+@pytest.fixture
+def nanochat_roots(request: pytest.FixtureRequest) -> list[Path]:
+    roots = request.config.getoption("--nanochat-root")
+    if not roots:
+        pytest.skip("needs --nanochat-root PATH, a checkout of nanochat at c75fe54 or 92d63d4")
+    return roots
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "chatmodel"
 LAYERS = [  # lowest first
-    {"model", "runtime", "execution"},
-    {"runs", "scaling", "tokenizer", "losses"},
-    {"data", "optim", "tokenizer_comparison"},
+    {"model", "runtime", "execution", "flash_attention_4"},
+    {"runs", "scaling", "tokenizer", "devices", "attention", "cross_entropy_kernel", "training_layers"},
+    {"data", "optim", "tokenizer_comparison", "losses"},
     {"conversations", "checkpoint", "train_step"},
-    {"generation", "rewards", "posttraining"},
+    {"estimate", "probes", "generation", "rewards", "posttraining", "export"},
     {"evaluation", "problems"},
     {"training"},
     {"report"},
@@ -60,7 +60,9 @@ def test_no_file_is_long():
 def test_public_names():
     import chatmodel
 
-    assert chatmodel.__all__ == ["GPTConfig", "GPTForCausalLM", "GPTModel"]
+    assert chatmodel.__all__ == [
+        "LORA_TARGETS", "GPTConfig", "GPTForCausalLM", "GPTForSequenceClassification", "GPTModel"
+    ]  # fmt: skip
     assert all(hasattr(chatmodel, name) for name in chatmodel.__all__)
 
 

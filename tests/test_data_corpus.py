@@ -23,6 +23,7 @@ def test_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub_name("karpathy/climbmix-400b-shuffle")
     assert is_hub_name("HuggingFaceFW/fineweb-edu:sample-10BT")
+    assert is_hub_name("owner/name@refs/convert/parquet")
     for path in ("./data/text", "../data", "/data/text", "data", "data/deep/text", "embedded"):
         assert not is_hub_name(path), path
     (tmp_path / "owner" / "name").mkdir(parents=True)
@@ -40,7 +41,7 @@ def test_local_and_missing(tmp_path):
 
 
 def test_hub_is_asked_for_hub_names(monkeypatch):
-    monkeypatch.setattr(corpus, "stream_hub", lambda *args, **kwargs: iter([(args, kwargs)]))
+    monkeypatch.setattr(corpus, "open_hub_split", lambda *args, **kwargs: iter([(args, kwargs)]))
     assert list(stream_documents("owner/name", "train", text_column="body")) == [
         (("owner/name", "train"), {"text_column": "body"})
     ]

@@ -8,15 +8,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from chatmodel.data import files as files_module
+from chatmodel.data.corpus import stream_documents
 from chatmodel.data.files import (
     MAX_TEXT_DOCUMENT,
     MIN_TEXT_DOCUMENT,
+    DamagedFile,
     describe_files,
     find_data_files,
+    hash_file,
     is_validation,
+    list_files,
+    plan_row_groups,
+    read_parquet,
     read_texts,
     split_files,
-    stream_files,
 )
 from chatmodel.runtime import UserError
 
@@ -40,7 +46,7 @@ def read_all(path: Path, text_column: str = "text") -> list[str]:
 
 
 def stream_all(dataset: Path, split: str, text_column: str = "text") -> list[str]:
-    return list(stream_files(str(dataset), split, text_column=text_column))
+    return list(stream_documents(str(dataset), split, text_column=text_column))
 
 
 def test_every_format_gives_the_texts(tmp_path):
@@ -157,6 +163,28 @@ def test_damaged_parquet_is_named(tmp_path):
         describe_files(str(cut))
 
 
+def test_flipped_bits_are_found_in_pages_with_checksums(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path, write_page_checksum=True, compression="none")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"second", b"sekond", 1))
+    with pytest.raises(UserError, match=r"a\.parquet is damaged .*CRC"):
+        read_all(path)
+
+
+def test_row_groups_are_read_in_runs(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    texts = [f"{n} " + "x" * 1_000 for n in range(20)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=3, use_dictionary=False, write_statistics=False)
+    monkeypatch.setattr(files_module, "PIECE_BYTES", 7_000)
+    runs = plan_row_groups(path, "text")
+    assert runs == [[0, 1], [2, 3], [4, 5], [6]]  # of about 3,100 bytes each
+    assert [text for run in runs for text in read_parquet(path, "text", run)] == texts
+    assert plan_row_groups(path, "body") is None  # reading says what there is
+    monkeypatch.setattr(files_module, "MAX_ROW_GROUP_BYTES", 3_000)
+    assert plan_row_groups(path, "text") is None
+
+
 def test_damaged_text_is_named(tmp_path):
     whole = write_jsonl(tmp_path / "a.jsonl.gz", [{"text": text * 100} for text in TEXTS]).read_bytes()
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
@@ -173,6 +201,24 @@ def test_damaged_text_is_named(tmp_path):
         read_all(tmp_path / "latin.txt")
 
 
+def test_a_file_that_cannot_be_read_is_listed_without_a_hash(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    with pytest.raises(DamagedFile, match=r"cannot be read \(Is a directory\)"):
+        hash_file(tmp_path)
+    monkeypatch.setattr(files_module, "hash_file", lambda file: hash_file(tmp_path))  # as from a failing disk
+    assert list_files(str(tmp_path))[0]["sha256"] is None
+
+
+def test_a_damaged_file_can_be_left_out_of_the_count(tmp_path):
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"b\.parquet is damaged"):
+        describe_files(str(tmp_path))
+    description = describe_files(str(tmp_path), ignore_damage=True)
+    assert "documents" not in description
+    assert description["files"] == 2
+
+
 def test_description_follows_names_and_contents(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
@@ -182,6 +228,7 @@ def test_description_follows_names_and_contents(tmp_path):
     assert description["documents"] == 4
     assert description["files"] == 2
     assert description["name"] == str(one)
+    assert description["validation"] == "b.parquet"
     assert describe_files(str(two))["manifest"] == description["manifest"]  # where it lies does not matter
     (two / "b.parquet").rename(two / "c.parquet")
     renamed = describe_files(str(two))["manifest"]

@@ -2,14 +2,14 @@
 
 import copy
 import json
-from itertools import chain
-from pathlib import Path
+from itertools import chain, islice
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from chatmodel.data.loading import read_ahead
 from chatmodel.data.rows import PACKINGS, PackedRows, validation_rows
 from chatmodel.data.store import TokenStore
 from chatmodel.runtime import UserError
@@ -17,15 +17,25 @@ from chatmodel.runtime import UserError
 BOS = 999
 
 
-def make_store(lengths: list[int], dtype=np.uint16) -> TokenStore:
+@pytest.fixture
+def make_store(tmp_path):
     """Documents whose tokens are all different: document i begins with BOS and goes on with i * 100 + 1, ..."""
-    documents = [[BOS, *(1_000 + number * 100 + n for n in range(1, length))] for number, length in enumerate(lengths)]
-    offsets = np.cumsum([0, *lengths])
-    return TokenStore(Path("a-store"), {}, np.array(list(chain(*documents)), dtype=dtype), offsets)
+
+    def make(lengths: list[int], dtype=np.uint16) -> TokenStore:
+        documents = [
+            [BOS, *(1_000 + number * 100 + n for n in range(1, length))] for number, length in enumerate(lengths)
+        ]
+        folder = tmp_path / "a-store"
+        folder.mkdir(exist_ok=True)
+        tokens = np.array(list(chain(*documents)), dtype=dtype)
+        tokens.tofile(folder / "tokens.bin")
+        return TokenStore(folder, {}, tokens, np.cumsum([0, *lengths]))
+
+    return make
 
 
 @pytest.fixture
-def store() -> TokenStore:
+def store(make_store) -> TokenStore:
     return make_store(np.random.default_rng(0).integers(2, 40, size=80).tolist())
 
 
@@ -40,7 +50,7 @@ def as_lists(rows) -> list[list[int]]:
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_shapes_and_labels(packing, dtype):
+def test_shapes_and_labels(packing, dtype, make_store):
     store = make_store([9, 17, 30, 4, 12], dtype)
     for row in take_rows(PackedRows(store, sequence_length=16, packing=packing), 20):
         assert {name: (tensor.shape, tensor.dtype) for name, tensor in row.items()} == {
@@ -51,7 +61,7 @@ def test_shapes_and_labels(packing, dtype):
         assert int(row["shift_labels"].min()) >= 0
 
 
-def test_best_fit_row_by_hand():
+def test_best_fit_row_by_hand(make_store):
     # A row reads 8 tokens: the documents of 5 and 3, in this order, fill it.
     row = next(iter(PackedRows(make_store([3, 5]), sequence_length=7)))
     assert row["input_ids"].tolist() == [BOS, 1101, 1102, 1103, 1104, BOS, 1001]
@@ -115,7 +125,7 @@ def test_a_state_holds_for_another_number_of_ranks(store, packing):
     assert [given[n % 4][n // 4] for n in range(12)] == expected[12:]
 
 
-def test_state_is_a_copy_and_small():
+def test_state_is_a_copy_and_small(make_store):
     store = make_store([2] * 5_000, np.uint32)
     rows = PackedRows(store, sequence_length=3)
     iterator = iter(rows)
@@ -143,7 +153,72 @@ def test_under_a_data_loader(store, packing):
     assert torch.equal(next(iter(DataLoader(rows, batch_size=1)))["input_ids"][0], expected[4]["input_ids"])
 
 
-def test_refusals(store):
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_batches_are_the_rows(make_store, packing, dtype):
+    store = make_store([9, 17, 30, 4, 12, 25], dtype)
+    options = {"sequence_length": 16, "packing": packing, "rank": 1, "world_size": 2, "epochs": 3}
+    rows = list(PackedRows(store, **options))
+    assert len(rows) >= 5
+    batches = [batch for batch, _ in PackedRows(store, **options).batches(4)]
+    assert [len(batch["input_ids"]) for batch in batches] == [4] * (len(rows) // 4) + [len(rows) % 4] * (
+        len(rows) % 4 > 0
+    )
+    for name in ("input_ids", "shift_labels"):
+        joined = torch.cat([batch[name] for batch in batches])
+        assert torch.equal(joined, torch.stack([row[name] for row in rows]))
+        assert joined.dtype == torch.int64
+        assert all(batch[name].is_contiguous() for batch in batches)
+    with pytest.raises(UserError, match="a batch of 0 rows"):
+        next(PackedRows(store, **options).batches(0))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_state_is_that_of_the_batch_however_far_the_thread_is(store, packing):
+    options = {"sequence_length": 16, "packing": packing}
+    expected = [batch["input_ids"] for batch, _ in islice(PackedRows(store, **options).batches(2), 20)]
+    ahead = read_ahead(PackedRows(store, **options).batches(2), source="a store", depth=5)
+    for number, (batch, state) in enumerate(islice(ahead, 10)):
+        assert torch.equal(batch["input_ids"], expected[number])
+        resumed = PackedRows(store, **options)
+        resumed.load_state_dict(json.loads(json.dumps(state)))
+        following, _ = next(resumed.batches(2))
+        assert torch.equal(following["input_ids"], expected[number + 1])
+    ahead.close()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("seed", range(6))
+def test_any_stops_and_any_numbers_of_ranks_give_the_same_rows(make_store, packing, seed):
+    """A run that is stopped and continued again and again, each time on another number of ranks."""
+    draw = np.random.default_rng(seed)
+    store = make_store(draw.integers(2, 60, size=int(draw.integers(20, 60))).tolist())
+    options = {
+        "sequence_length": int(draw.integers(8, 40)),
+        "packing": packing,
+        "seed": seed,
+        "buffer_documents": int(draw.integers(1, 30)),
+    }
+    given: list[list[int]] = []
+    state = PackedRows(store, **options).state_dict()
+    for _ in range(8):
+        world_size, steps, batch_size = (int(draw.integers(1, 5)) for _ in range(3))
+        ranks = [PackedRows(store, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        for rows in ranks:
+            rows.load_state_dict(json.loads(json.dumps(state)))
+        taken = [list(islice(rows.batches(batch_size), steps)) for rows in ranks]
+        states = [batches[-1][1] for batches in taken]
+        assert all(other == states[0] for other in states)
+        state = states[0]
+        by_rank = [
+            as_lists({name: batch[name][n] for name in batch} for batch, _ in batches for n in range(batch_size))
+            for batches in taken
+        ]
+        given += [by_rank[n % world_size][n // world_size] for n in range(world_size * steps * batch_size)]
+    assert given == as_lists(take_rows(PackedRows(store, **options), len(given)))
+
+
+def test_refusals(store, make_store):
     with pytest.raises(UserError, match=r"sequence_length 16 is longer than the data: .*a-store holds only 16 tokens"):
         PackedRows(make_store([16]), sequence_length=16)
     PackedRows(make_store([17]), sequence_length=16)
@@ -157,7 +232,7 @@ def test_refusals(store):
             rows.load_state_dict(rows.state_dict() | {name: value})
 
 
-def test_validation_rows_by_hand():
+def test_validation_rows_by_hand(make_store):
     store = make_store([4, 3])  # BOS 1001 1002 1003 BOS 1101 1102
     rows = list(validation_rows(store, sequence_length=4))
     assert [row["input_ids"].tolist() for row in rows] == [[BOS, 1001, 1002, 1003], [BOS, 1101, 0, 0]]
@@ -166,14 +241,14 @@ def test_validation_rows_by_hand():
 
 
 @pytest.mark.parametrize(("max_tokens", "expected"), [(None, 6), (100, 6), (6, 6), (5, 5), (4, 4), (1, 1)])
-def test_validation_labels_are_counted(max_tokens, expected):
+def test_validation_labels_are_counted(max_tokens, expected, make_store):
     rows = list(validation_rows(make_store([4, 3]), sequence_length=4, max_tokens=max_tokens))
     labels = torch.cat([row["shift_labels"] for row in rows])
     assert int((labels >= 0).sum()) == expected
     assert len(labels) == -(-expected // 4) * 4
 
 
-def test_validation_shorter_than_a_row():
+def test_validation_shorter_than_a_row(make_store):
     (row,) = validation_rows(make_store([3]), sequence_length=8)
     assert row["shift_labels"].tolist() == [1001, 1002] + [-100] * 6
     with pytest.raises(UserError, match="sequence_length is -1"):

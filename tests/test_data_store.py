@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from chatmodel.data import encoding as encoding_module
 from chatmodel.data import store as store_module
-from chatmodel.data.store import TokenStore, build_token_store, encode_documents, ensure_token_store, hash_tokenizer
+from chatmodel.data.checksums import find_damaged_block, hash_blocks
+from chatmodel.data.store import TokenStore, build_token_store, ensure_token_store, hash_tokenizer
 from chatmodel.runtime import UserError
-from chatmodel.tokenizer import build_encoding, convert_tokens, train_tokenizer
+from chatmodel.tokenizer import convert_tokens, train_tokenizer
 
 DOCUMENTS = [
     "The first document.",
@@ -56,6 +59,7 @@ def test_manifest_counts(tmp_path, tokenizer):
         "tokens": len(content) // 2,
         "bytes": sum(len(text.encode()) for text in DOCUMENTS),
         "exhausted": True,
+        "bad_shards": [],
         "dtype": "uint16",
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -90,20 +94,11 @@ def test_limit_cuts_the_last_document(tmp_path, tokenizer, max_tokens):
 
 
 def test_order_survives_threads_and_batches(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(store_module, "BATCH_CHARS", 40)
+    monkeypatch.setattr(encoding_module, "BATCH_CHARS", 40)
     documents = [f"document {n} " + "word " * (n % 7) for n in range(300)]
-    many = build(tmp_path / "many", tokenizer, documents, num_threads=4)
+    many = build(tmp_path / "many", tokenizer, documents, num_workers=4)
     assert many.num_documents == 300
-    assert many.tokens.tolist() == build(tmp_path / "one", tokenizer, documents, num_threads=1).tokens.tolist()
-
-
-def test_encoding_equals_tiktokens_ordinary(tokenizer):
-    encoding = build_encoding(tokenizer)
-    texts = [*DOCUMENTS[2:], "a lone \ud800 surrogate", "  spaces  \r\n\n and 12345"]
-    encoded = [ids.tolist() for batch in encode_documents(texts, encoding, num_threads=2) for ids, _ in batch]
-    assert encoded == encoding.encode_ordinary_batch(texts)
-    lengths = [size for batch in encode_documents(texts, encoding, num_threads=2) for _, size in batch]
-    assert lengths == [len(encoding.decode_bytes(ids)) for ids in encoded]
+    assert many.tokens.tolist() == build(tmp_path / "one", tokenizer, documents, num_workers=1).tokens.tolist()
 
 
 def test_no_documents_leave_nothing_behind(tmp_path, tokenizer):
@@ -137,15 +132,58 @@ def test_truncated_store_is_named(tmp_path, tokenizer, name, change):
         TokenStore.open(tmp_path / "train")
 
 
-def test_changed_bytes_are_found_on_request(tmp_path, tokenizer):
-    build(tmp_path / "train", tokenizer)
-    file = tmp_path / "train" / "tokens.bin"
+def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
-    content[7] ^= 1
+    content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin"])
+def test_changed_bytes_are_found_on_request(tmp_path, tokenizer, name):
+    build(tmp_path / "train", tokenizer)
+    TokenStore.open(tmp_path / "train", check_hash=True)
+    flip_a_bit(tmp_path / "train" / name)
     TokenStore.open(tmp_path / "train")
-    with pytest.raises(UserError, match="sha256"):
+    with pytest.raises(UserError, match=rf"{name} is damaged \(block 0 of 1 has another sha256"):
         TokenStore.open(tmp_path / "train", check_hash=True)
+
+
+def test_a_store_without_checksums_is_named(tmp_path, tokenizer):
+    build(tmp_path / "train", tokenizer)
+    (tmp_path / "train" / "checksums.json").unlink()
+    with pytest.raises(UserError, match=r"train has no checksums\.json to be checked against; delete"):
+        TokenStore.open(tmp_path / "train", check_hash=True)
+
+
+def test_blocks_of_a_file(tmp_path):
+    file = tmp_path / "file"
+    content = bytes(range(250))
+    file.write_bytes(content)
+    blocks = hash_blocks(file, block_bytes=100)
+    assert blocks == [hashlib.sha256(part).hexdigest() for part in (content[:100], content[100:200], content[200:])]
+    assert find_damaged_block(file, blocks, block_bytes=100) is None
+    file.write_bytes(content[:150] + b"x" + content[151:])
+    assert find_damaged_block(file, blocks, block_bytes=100) == 1
+
+
+def test_spans_are_read_as_they_are_mapped(tmp_path, tokenizer):
+    store = build(tmp_path / "train", tokenizer)
+    spans = [(3, 9), (0, 1), (5, 5), (0, store.num_tokens)]
+    assert store.read_spans(spans).tolist() == [t for start, stop in spans for t in store.tokens[start:stop].tolist()]
+    assert store.read_spans([]).tolist() == []
+    os.truncate(tmp_path / "train" / "tokens.bin", 8)
+    with pytest.raises(UserError, match=r"tokens\.bin has been cut short; delete"):
+        store.read_spans(spans)
+
+
+def test_a_full_disk_is_named(tmp_path, tokenizer, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_module.TokenWriter, "append", fail)
+    with pytest.raises(UserError, match=r"train cannot be written \(No space left on device\); free space"):
+        build(tmp_path / "train", tokenizer)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_store(tmp_path):
@@ -212,8 +250,60 @@ class TestEnsure:
         with pytest.raises(UserError, match=r"was made from dataset .*text, not from .*renamed"):
             self.ensure(renamed, tokenizer, folder)
         renamed.rename(dataset)
-        with pytest.raises(UserError, match="was made from an earlier state of dataset"):
+        with pytest.raises(UserError, match=r"an earlier state of dataset .* \(bytes was \d+, is \d+\); delete"):
             self.ensure(dataset, tokenizer, folder)
+
+    def test_another_validation_shard_is_refused(self, dataset, tokenizer, tmp_path):
+        train, _ = self.ensure(dataset, tokenizer, tmp_path / "data")
+        assert train.manifest["dataset"]["validation"] == "b.jsonl"
+        (dataset / "c.jsonl").write_text('{"text": "one more shard"}')
+        with pytest.raises(
+            UserError, match=r"earlier state .* \(validation was b.jsonl, is c.jsonl; files was 2, is 3"
+        ):
+            self.ensure(dataset, tokenizer, tmp_path / "data")
+
+    def test_sources_are_listed(self, dataset, tokenizer, tmp_path):
+        self.ensure(dataset, tokenizer, tmp_path / "data")
+        a = dataset / "a.jsonl"
+        digest = hashlib.sha256(a.read_bytes()).hexdigest()
+        checksums = json.loads((tmp_path / "data" / "train" / "checksums.json").read_text())
+        assert checksums["sources"] == [{"name": "a.jsonl", "bytes": a.stat().st_size, "sha256": digest}]
+        listing = json.loads((tmp_path / "data" / "sources.json").read_text())["files"]
+        assert listing[0] == checksums["sources"][0] | {"modified": a.stat().st_mtime_ns}
+        assert [facts["name"] for facts in listing] == ["a.jsonl", "b.jsonl"]
+
+    def test_sources_are_read_again_only_where_they_changed(self, dataset, tokenizer, tmp_path, monkeypatch):
+        self.ensure(dataset, tokenizer, tmp_path / "data")
+        monkeypatch.setattr("chatmodel.data.files.hash_file", lambda file: pytest.fail(f"{file} is read again"))
+        self.ensure(dataset, tokenizer, tmp_path / "data")
+        monkeypatch.undo()
+        os.utime(dataset / "a.jsonl")  # looks changed, but is not
+        self.ensure(dataset, tokenizer, tmp_path / "data")
+
+    def test_a_flipped_bit_in_the_store(self, dataset, tokenizer, tmp_path):
+        folder = tmp_path / "data"
+        self.ensure(dataset, tokenizer, folder)
+        flip_a_bit(folder / "train" / "tokens.bin")
+        self.ensure(dataset, tokenizer, folder, check_hash=False)
+        with pytest.raises(UserError, match=r"tokens\.bin is damaged .* delete .*train and start again"):
+            self.ensure(dataset, tokenizer, folder)
+        train, _ = self.ensure(dataset, tokenizer, folder, rebuild=True)
+        TokenStore.open(train.folder, check_hash=True)
+
+    def test_a_flipped_bit_in_a_source_seen_before(self, dataset, tokenizer, tmp_path):
+        """A bit that flips on the disk changes neither size nor time, and here not even the form of the file."""
+        folder = tmp_path / "data"
+        self.ensure(dataset, tokenizer, folder)
+        file = dataset / "a.jsonl"
+        status = file.stat()
+        file.write_bytes(file.read_bytes().replace(b"words", b"wordr", 1))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        self.ensure(dataset, tokenizer, folder)  # the store was made before, and is whole
+        more = {"max_train_tokens": 150, "rebuild": True}
+        with pytest.raises(UserError, match=r"a\.jsonl is damaged: its sha256 is .* but an earlier reading"):
+            self.ensure(dataset, tokenizer, folder, **more)
+        with pytest.raises(UserError, match="no documents for the split 'train'"):  # it was the only one
+            self.ensure(dataset, tokenizer, folder, **more, on_bad_shard="skip")
 
     def test_rebuilt_when_allowed(self, dataset, tokenizer, tmp_path):
         folder = tmp_path / "data"
@@ -224,16 +314,16 @@ class TestEnsure:
             self.ensure(dataset, tokenizer, folder, max_train_tokens=150)
         train, _ = self.ensure(dataset, tokenizer, folder, max_train_tokens=150, rebuild=True)
         assert train.num_tokens == 150
-        assert sorted(path.name for path in folder.iterdir()) == ["train", "validation"]
+        assert sorted(path.name for path in folder.iterdir()) == ["sources.json", "train", "validation"]
 
     def test_hub_that_does_not_answer(self, dataset, tokenizer, tmp_path, monkeypatch):
-        def unreachable(name):
+        def unreachable(name, **_):
             raise UserError("the Hub cannot be reached")
 
         folder = tmp_path / "data"
         facts = {"name": "owner/name", "manifest": "1" * 64}
-        monkeypatch.setattr(store_module, "describe_corpus", lambda name: facts)
-        monkeypatch.setattr(store_module, "stream_documents", lambda name, split, text_column: iter(["some text"] * 9))
+        monkeypatch.setattr(store_module, "describe_corpus", lambda name, **_: facts)
+        monkeypatch.setattr(store_module, "open_split", lambda name, split, **_: iter(["some text"] * 9))
         first, _ = self.ensure("owner/name", tokenizer, folder)
         monkeypatch.setattr(store_module, "describe_corpus", unreachable)
         assert self.ensure("owner/name", tokenizer, folder)[0].manifest == first.manifest

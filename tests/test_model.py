@@ -98,16 +98,35 @@ def test_loss_is_the_mean_over_scored_positions(model):
     torch.testing.assert_close(model(ids, labels=labels).loss, -scored.mean())
 
 
-def test_saving_and_loading(model, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_and_loading(model, tmp_path, dtype):
     ids = random_ids(1, 9)
-    model.save_pretrained(tmp_path)
+    model.to(dtype).save_pretrained(tmp_path)
     again = GPTForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == dtype
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert torch.equal(GPTModel.from_pretrained(tmp_path)(ids)[0], model.model(ids)[0])
     assert {"configuration_gpt.py", "layers_gpt.py", "modeling_gpt.py", "calculator.py"} <= {
         path.name for path in tmp_path.iterdir()
     }
-    assert set(again.config.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    heads = {"AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    assert set(again.config.auto_map) == {"AutoConfig", "AutoModel", *heads}
+
+
+@pytest.mark.parametrize("plan", ["auto", "by hand"])
+def test_a_device_map_changes_nothing(model, tmp_path, plan):
+    """By hand, the second half of the layers stays on the disk until it is needed."""
+    ids = random_ids(2, 9)
+    model.save_pretrained(tmp_path)
+    parts = [name for name, _ in model.model.named_children() if name != "layers"]
+    parts += [name for name, _ in model.model.named_parameters(recurse=False)]
+    places = dict.fromkeys([*(f"model.{name}" for name in parts), "lm_head"], "cpu")
+    places |= {f"model.layers.{n}": "cpu" if n < 2 else "disk" for n in range(4)}
+    device_map = "auto" if plan == "auto" else places
+    placed = GPTForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert (placed.model.layers[3].mlp.up_proj.weight.device.type == "meta") == (plan == "by hand")
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(placed.generate(ids, **settings), model.generate(ids, **settings))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -204,10 +223,3 @@ def test_window_patterns():
 def test_sizes_that_do_not_fit_are_refused(changes, named):
     with pytest.raises(StrictDataclassClassValidationError, match=named):
         make_model(**changes)
-
-
-def test_embeddings_without_ids_are_refused_with_value_embeddings():
-    model = make_model()
-    with pytest.raises(ValueError, match="value embeddings"):
-        model(inputs_embeds=torch.zeros(1, 3, 64))
-    assert make_model(**PLAIN)(inputs_embeds=torch.zeros(1, 3, 64)).logits.shape == (1, 3, 97)

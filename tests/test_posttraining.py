@@ -9,6 +9,7 @@ from conftest import make_model
 from datasets import Dataset
 
 from chatmodel.posttraining import (
+    SealCheckpoints,
     StopOnBadGradient,
     batch_rows,
     build_stage_optimizer,
@@ -41,6 +42,24 @@ def test_a_half_written_checkpoint_is_not_continued_from(tmp_path):
     assert latest_trainer_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
     assert not (tmp_path / "checkpoint-10").exists()
     assert latest_trainer_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, caplog):
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("trainer_state.json", "optimizer.pt", "model.safetensors"):
+            (folder / name).write_text(json.dumps({"step": step}))
+        where = {"args": SimpleNamespace(output_dir=str(tmp_path)), "control": None}
+        SealCheckpoints().on_save(state=SimpleNamespace(global_step=step, is_world_process_zero=True), **where)
+    assert latest_trainer_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    content = bytearray((tmp_path / "checkpoint-10" / "model.safetensors").read_bytes())
+    content[3] ^= 1
+    (tmp_path / "checkpoint-10" / "model.safetensors").write_bytes(content)
+    with caplog.at_level("WARNING", logger="chatmodel"):
+        assert latest_trainer_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert "checkpoint-10 is damaged (model.safetensors has changed)" in caplog.text
+    assert (tmp_path / "damaged-checkpoint-10").exists()
 
 
 def test_rates_are_pretrainings_times_the_fraction(tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from chatmodel.runtime import UserError
 from chatmodel.tokenizer import (
     BYTE_CHARACTERS,
+    QWEN2_SPLIT_PATTERN,
     SPECIAL_TOKENS,
     build_encoding,
     calculator_table,
@@ -19,6 +20,7 @@ from chatmodel.tokenizer import (
     find_merges,
     load_tokenizer,
     ordinary_tokens,
+    read_split_pattern,
     save_tokenizer,
     token_byte_lengths,
     train_and_measure,
@@ -298,3 +300,23 @@ def test_results_cut_into_pieces_are_encoded_as_the_whole(loaded: PreTrainedToke
         for start in range(0, len(number), 2):
             ids += output[number[start : start + 2]]
     assert ids == loaded.encode(result, add_special_tokens=False)
+
+
+def test_the_split_of_qwen2_cuts_digits_one_by_one(tmp_path):
+    tokenizer = train_tokenizer(make_documents(), VOCAB_SIZE, **LIMITS, split="qwen2")
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert read_split_pattern(loaded) == QWEN2_SPLIT_PATTERN
+    digits = loaded.encode("12345", add_special_tokens=False)
+    assert loaded.convert_ids_to_tokens(digits) == list("12345")
+    encoding = build_encoding(loaded)
+    for text in ODD_TEXTS:
+        assert encoding.encode_ordinary(text) == loaded.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+    assert calculator_table(loaded)["output"]["42"] == loaded.encode("42", add_special_tokens=False)
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(UserError, match="split='gpt4' is unknown; choose one of chatmodel, qwen2"):
+        train_tokenizer(["text"], 300, max_chars=100, doc_cap=100, split="gpt4")

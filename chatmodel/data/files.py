@@ -1,14 +1,15 @@
 """How are documents read from parquet, JSON-lines or text files, and which of them are for validation?"""
 
+import contextlib
 import gzip
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +27,25 @@ MIN_TEXT_DOCUMENT = 2_000
 MAX_TEXT_DOCUMENT = 20_000
 END_OF_DOCUMENT = "<|endoftext|>"  # the separator line of TinyStories and its kin
 HASH_THREADS = 8
+# Row groups are read together up to so much text; a file with one that is larger than the second is read as a whole.
+PIECE_BYTES = 3_000_000
+MAX_ROW_GROUP_BYTES = 64_000_000
+
+
+class DamagedFile(UserError):
+    """A file of a data set that cannot be read to its end, or that is not what it was."""
+
+
+class FileFacts(TypedDict):
+    """What is kept of a file: its path below the data set's folder, size, time of the last change (ns) and sha256.
+
+    The sha256 of a file that cannot be read is None.
+    """
+
+    name: str
+    bytes: int
+    modified: int
+    sha256: str | None
 
 
 def find_data_files(dataset: str) -> list[Path]:
@@ -82,15 +102,6 @@ def is_validation(text: str, *, share: float = VALIDATION_SHARE) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8]) < share * 2**64
 
 
-def stream_files(dataset: str, split: str, *, text_column: str) -> Iterator[str]:
-    """The documents of a split of a local data set, file after file."""
-    files, by_hash = split_files(find_data_files(dataset), split, root=Path(dataset))
-    for file in files:
-        for text in read_texts(file, text_column=text_column):
-            if text and (not by_hash or is_validation(text) == (split == "validation")):
-                yield text
-
-
 def read_texts(file: Path, *, text_column: str) -> Iterator[str]:
     """The documents of one file; missing values are left out.
 
@@ -102,22 +113,54 @@ def read_texts(file: Path, *, text_column: str) -> Iterator[str]:
     return guard_text(file, read_text(file) if file.name.endswith(TEXT_SUFFIXES) else read_jsonl(file, text_column))
 
 
-def read_parquet(file: Path, text_column: str) -> Iterator[str]:
-    """The values of a parquet file's text column, a batch of rows in memory at a time."""
+def read_parquet(file: Path, text_column: str, row_groups: Sequence[int] | None = None) -> Iterator[str]:
+    """The values of a parquet file's text column, of some row groups or all, a batch of rows in memory at a time."""
     try:
-        with pq.ParquetFile(file) as parquet:
+        # The checksums of pages are compared where the writer left any; most leave none.
+        with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as parquet:
             schema = parquet.schema_arrow
             if text_column not in schema.names:
                 raise UserError(missing_column(file, text_column, schema.names))
             kind = schema.field(text_column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise UserError(f"column '{text_column}' of {file} holds {kind}, not text; name another text_column")
-            for batch in parquet.iter_batches(batch_size=READ_BATCH, columns=[text_column]):
+            # Threads bring nothing for a single column, and a forked process has none.
+            for batch in parquet.iter_batches(READ_BATCH, row_groups, columns=[text_column], use_threads=False):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file} is damaged or no parquet file ({one_line(error)}); fetch it again or remove it"
-        ) from None
+        raise damaged_parquet(file, error) from None
+
+
+def plan_row_groups(file: Path, text_column: str) -> list[list[int]] | None:
+    """The row groups of a parquet file in runs of about `PIECE_BYTES` of text; None where one is too large for that.
+
+    Raises:
+        DamagedFile: the file is no parquet file, or cut short.
+    """
+    runs: list[list[int]] = []
+    room = 0
+    try:
+        metadata = pq.read_metadata(file)
+        columns = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+        if text_column not in columns:
+            return None  # reading says what there is
+        for number in range(metadata.num_row_groups):
+            size = metadata.row_group(number).column(columns.index(text_column)).total_uncompressed_size
+            if size > MAX_ROW_GROUP_BYTES:
+                return None
+            if not runs or size > room:
+                runs.append([])
+                room = PIECE_BYTES
+            runs[-1].append(number)
+            room -= size
+    except (pa.ArrowException, OSError) as error:
+        raise damaged_parquet(file, error) from None
+    return runs
+
+
+def damaged_parquet(file: Path, error: Exception) -> DamagedFile:
+    """The error about a parquet file that cannot be read."""
+    return DamagedFile(f"{file} is damaged or no parquet file ({one_line(error)}); fetch it again or remove it")
 
 
 def read_jsonl(file: Path, text_column: str) -> Iterator[str]:
@@ -129,7 +172,7 @@ def read_jsonl(file: Path, text_column: str) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"line {number} of {file} is not JSON ({error.msg}); mend or remove it") from None
+                raise DamagedFile(f"line {number} of {file} is not JSON ({error.msg}); mend or remove it") from None
             text = take_text(row, text_column, f"line {number} of {file}")
             if text is not None:
                 yield text
@@ -175,11 +218,13 @@ def guard_text(file: Path, texts: Iterator[str]) -> Iterator[str]:
     try:
         yield from texts
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{file} is cut short or damaged ({one_line(error)}); fetch it again or remove it") from None
+        raise DamagedFile(f"{file} is cut short or damaged ({one_line(error)}); fetch it again or remove it") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); convert it") from None
+        raise DamagedFile(f"{file} is not UTF-8 text (byte {error.start}); convert it") from None
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror or error})") from None
+        raise DamagedFile(
+            f"{file} cannot be read ({error.strerror or error}); make it readable or remove it"
+        ) from None
 
 
 def missing_column(where: Path | str, text_column: str, columns: list[str]) -> str:
@@ -193,31 +238,86 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def describe_files(dataset: str) -> dict[str, Any]:
-    """Name, manifest hash (over file names, sizes and contents), and documents where counting them costs nothing."""
+def list_files(dataset: str, *, known: Iterable[FileFacts] = ()) -> list[FileFacts]:
+    """The files of a data set with their sha256.
+
+    Args:
+        known: facts of an earlier time; a file with the same name, size and time of change is not read again.
+    """
     root = Path(dataset)
-    files = find_data_files(dataset)
+    recalled = {(facts["name"], facts["bytes"], facts["modified"]): facts["sha256"] for facts in known}
+
+    def describe(file: Path) -> FileFacts:
+        status = file.stat()
+        name = name_below(file, root)
+        sha256 = recalled.get((name, status.st_size, status.st_mtime_ns))
+        if sha256 is None:
+            with contextlib.suppress(DamagedFile):  # whoever reads it says so
+                sha256 = hash_file(file)
+        return {"name": name, "bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256}
+
     with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing gives the interpreter lock away
-        digests = list(pool.map(hash_file, files))
+        return list(pool.map(describe, find_data_files(dataset)))
+
+
+def name_below(file: Path, root: Path) -> str:
+    """What a file of a data set is called: its path below the folder, or its name where the data set is one file."""
+    return file.relative_to(root).as_posix() if file != root else file.name
+
+
+def name_files(names: Sequence[str]) -> str:
+    """A few names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def describe_files(
+    dataset: str, *, listing: Sequence[FileFacts] | None = None, ignore_damage: bool = False
+) -> dict[str, Any]:
+    """Name, manifest hash (over file names, sizes and contents), and documents where counting them costs nothing.
+
+    Args:
+        listing: what `list_files` said of it.
+        ignore_damage: a damaged file is no error, only the number of documents is left out.
+    """
+    listing = list_files(dataset) if listing is None else listing
     manifest = hashlib.sha256()
-    for file, digest in zip(files, digests, strict=True):
-        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-        manifest.update(f"{name}\t{file.stat().st_size}\t{digest}\n".encode())
+    for facts in listing:
+        manifest.update(f"{facts['name']}\t{facts['bytes']}\t{facts['sha256']}\n".encode())
     description: dict[str, Any] = {
         "name": dataset,
         "manifest": manifest.hexdigest(),
-        "files": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
+        "files": len(listing),
+        "bytes": sum(facts["bytes"] for facts in listing),
     }
+    files = find_data_files(dataset)
+    held_out, by_hash = split_files(files, "validation", root=Path(dataset))
+    description["validation"] = (
+        f"{VALIDATION_SHARE:.0%} of the documents, by hash"
+        if by_hash
+        else name_files([name_below(file, Path(dataset)) for file in held_out])
+    )
     if all(file.suffix == ".parquet" for file in files):
-        description["documents"] = sum(count_rows(file) for file in files)
+        try:
+            description["documents"] = sum(count_rows(file) for file in files)
+        except DamagedFile:
+            if not ignore_damage:
+                raise
     return description
 
 
 def hash_file(file: Path) -> str:
-    """The sha256 of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    """The sha256 of a file's content.
+
+    Raises:
+        DamagedFile: it cannot be read.
+    """
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise DamagedFile(
+            f"{file} cannot be read ({error.strerror or error}); make it readable or remove it"
+        ) from None
 
 
 def count_rows(file: Path) -> int:
@@ -225,6 +325,4 @@ def count_rows(file: Path) -> int:
     try:
         return int(pq.read_metadata(file).num_rows)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{file} is damaged or no parquet file ({one_line(error)}); fetch it again or remove it"
-        ) from None
+        raise damaged_parquet(file, error) from None

@@ -5,34 +5,33 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tiktoken import Encoding
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from chatmodel.data.corpus import describe_corpus, is_hub_name, stream_documents
+from chatmodel.data.checksums import BLOCK_BYTES, find_damaged_block, hash_blocks
+from chatmodel.data.corpus import describe_corpus, is_hub_name, list_corpus, open_split, pin_revision
+from chatmodel.data.encoding import Encoder
+from chatmodel.data.files import FileFacts
+from chatmodel.data.packing import Span
+from chatmodel.data.shards import Quarantine, Shards
+from chatmodel.data.writing import OFFSETS_FILE, TOKENS_FILE, ShardsWriter, TokenWriter, write_texts
 from chatmodel.runs import publish_folder
 from chatmodel.runtime import UserError, read_json, write_json
-from chatmodel.tokenizer import build_encoding
 
 logger = logging.getLogger("chatmodel")
 
-TOKENS_FILE = "tokens.bin"
-OFFSETS_FILE = "offsets.bin"
 MANIFEST_FILE = "manifest.json"
-BATCH_CHARS = 200_000  # text that a thread encodes at a time
-
-Encoded = tuple[NDArray[np.uint32], int]  # the ids of a document, and the UTF-8 bytes of its text
+CHECKSUMS_FILE = "checksums.json"
+LISTING_FILE = "sources.json"  # beside the stores: the files of a local data set as they were when last seen
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,39 @@ class TokenStore:
         """(num_documents,) tokens of each document."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def _descriptor(self) -> int:
+        descriptor = os.open(self.folder / TOKENS_FILE, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    def read_spans(self, spans: Sequence[Span]) -> NDArray[np.unsignedinteger[Any]]:
+        """The tokens of some spans, one after the other, read from the file.
+
+        As fast as from the map, but a disk that fails is an error, where the map would end the process, and one that
+        hangs stops only this thread.
+
+        Raises:
+            UserError: the file cannot be read, or has become shorter.
+        """
+        width = self.tokens.itemsize
+        try:
+            parts = [os.pread(self._descriptor, (stop - start) * width, start * width) for start, stop in spans]
+        except OSError as error:
+            raise UserError(
+                f"{self.folder / TOKENS_FILE} cannot be read ({error.strerror}); check the disk, then start again"
+            ) from None
+        content = b"".join(parts)
+        if len(content) != sum(stop - start for start, stop in spans) * width:
+            raise UserError(f"{self.folder / TOKENS_FILE} has been cut short; {how_to_mend(self.folder)}")
+        return np.frombuffer(content, dtype=self.tokens.dtype)
+
     @classmethod
     def open(cls, folder: Path, *, check_hash: bool = False) -> "TokenStore":
         """Map a store that `build_token_store` wrote.
 
         Args:
-            check_hash: read all tokens and compare their sha256 with the manifest's.
+            check_hash: read everything and compare it with the checksums, on all cores.
 
         Raises:
             UserError: it is not there, or a file is damaged or has another size than the manifest says.
@@ -77,10 +103,8 @@ class TokenStore:
         dtype = np.dtype(manifest["dtype"])
         check_size(folder / TOKENS_FILE, manifest["tokens"] * dtype.itemsize)
         check_size(folder / OFFSETS_FILE, (manifest["documents"] + 1) * 8)
-        if check_hash and hash_tokens(folder / TOKENS_FILE) != manifest["sha256"]:
-            raise UserError(
-                f"{folder / TOKENS_FILE} is damaged (its sha256 is not the manifest's); {how_to_mend(folder)}"
-            )
+        if check_hash:
+            check_contents(folder)
         # The view as a plain array makes slices many times cheaper than those of np.memmap.
         tokens = np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r").view(np.ndarray)
         return cls(folder, manifest, tokens, np.fromfile(folder / OFFSETS_FILE, dtype=np.int64))
@@ -95,15 +119,23 @@ def check_size(file: Path, expected: int) -> None:
         )
 
 
+def check_contents(folder: Path) -> None:
+    """Raise a `UserError` unless the files of a store are what was written."""
+    if not (folder / CHECKSUMS_FILE).is_file():
+        raise UserError(f"{folder} has no {CHECKSUMS_FILE} to be checked against; {how_to_mend(folder)}")
+    checksums = read_json(folder / CHECKSUMS_FILE)
+    for name in (TOKENS_FILE, OFFSETS_FILE):
+        number = find_damaged_block(folder / name, checksums[name], block_bytes=checksums["block_bytes"])
+        if number is not None:
+            raise UserError(
+                f"{folder / name} is damaged (block {number} of {len(checksums[name])} has another sha256 than when it"
+                f" was written); {how_to_mend(folder)}"
+            )
+
+
 def how_to_mend(folder: Path) -> str:
     """What to do about a store that is of no use."""
     return f"delete {folder} and start again, the store is then made anew"
-
-
-def hash_tokens(file: Path) -> str:
-    """The sha256 of the tokens as they lie on disk."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -115,35 +147,45 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def build_token_store(
-    documents: Iterable[str],
+    documents: Iterable[str] | Shards,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     *,
     dataset: dict[str, Any],
     split: str,
     max_tokens: int | None = None,
-    num_threads: int | None = None,
+    num_workers: int | None = None,
+    on_bad_shard: str = "stop",
 ) -> TokenStore:
     """Encode documents into `folder`, which is written aside and renamed, so that it is whole or absent.
 
-    The last document is cut where `max_tokens` is reached. `bytes` in the manifest counts the UTF-8 bytes of the text
-    that the tokens stand for.
+    The last document is cut where `max_tokens` is reached. In the manifest, `bytes` counts the UTF-8 bytes of the text
+    that the tokens stand for, `exhausted` tells that no document was left out, and `bad_shards` lists the files that
+    could not be read. The checksums of all files, read and written, are in `checksums.json`.
 
     Args:
         dataset: what `describe_corpus` says; kept in the manifest.
-        num_threads: of the tokenizer; by default as many as there are cores.
+        num_workers: that encode; by default as many as there are cores.
+        on_bad_shard: see `Quarantine`.
 
     Raises:
-        UserError: there is no document, or `max_tokens` is not positive.
+        UserError: there is no document, `max_tokens` is not positive, or a file is damaged and the policy is to stop.
     """
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"the token store of split {split} cannot hold {max_tokens} tokens; ask for at least 1")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    aside = make_folder_beside(folder)
     try:
-        writer = TokenWriter(aside, tokenizer, max_tokens=max_tokens)
-        with tqdm(desc=f"tokens, {split}", unit="B", unit_scale=True, disable=None) as progress:
-            counts = writer.write(documents, num_threads=num_threads or os.cpu_count() or 1, progress=progress)
+        writer = TokenWriter(aside, Encoder(tokenizer), max_tokens=max_tokens)
+        sources: list[dict[str, Any]] = []
+        bad_shards: list[dict[str, Any]] = []
+        if isinstance(documents, Shards):
+            quarantine = Quarantine(on_bad_shard, documents.files, bad_shards)
+            shards_writer = ShardsWriter(documents, writer, quarantine, split, num_workers)
+            exhausted = shards_writer.write()
+            sources = shards_writer.sources
+        else:
+            exhausted = write_texts(documents, writer, split=split, num_workers=num_workers)
+        counts = writer.finish()
         if counts["documents"] == 0:
             raise UserError(
                 f"dataset {dataset['name']} has no documents for the split '{split}'; give more text, or a folder with"
@@ -154,118 +196,36 @@ def build_token_store(
             "dataset": dataset,
             "tokenizer": hash_tokenizer(tokenizer),
             "max_tokens": max_tokens,
+            "exhausted": exhausted,
+            "bad_shards": bad_shards,
         }
         write_json(aside / MANIFEST_FILE, manifest | counts)
+        checksums = {name: hash_blocks(aside / name) for name in (TOKENS_FILE, OFFSETS_FILE)}
+        write_json(aside / CHECKSUMS_FILE, {"block_bytes": BLOCK_BYTES, **checksums, "sources": sources})
         aside.chmod(0o755)
         publish_folder(aside, folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return TokenStore.open(folder)
 
 
-class TokenWriter:
-    """Appends documents to the two files of a store, and counts and hashes what it writes."""
-
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int | None) -> None:
-        self.folder = folder
-        self.encoding = build_encoding(tokenizer)
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        self.bos = np.array([tokenizer.bos_token_id], dtype=self.dtype)
-        self.max_tokens = sys.maxsize if max_tokens is None else max_tokens
-        self.lengths: list[int] = []
-        self.num_tokens = 0
-        self.num_bytes = 0
-        self.digest = hashlib.sha256()
-
-    def write(self, documents: Iterable[str], *, num_threads: int, progress: tqdm) -> dict[str, Any]:
-        """Write documents until they end or `max_tokens` is reached; returns what the manifest says of them.
-
-        `exhausted` tells that no document was left out.
-        """
-        exhausted = True
-        with (self.folder / TOKENS_FILE).open("wb") as file:
-            for batch in encode_documents(documents, self.encoding, num_threads=num_threads):
-                before = self.num_bytes
-                whole = self._append(file, batch)
-                progress.update(self.num_bytes - before)
-                if not whole or self.num_tokens == self.max_tokens:
-                    exhausted = False
-                    break
-        np.cumsum([0, *self.lengths], dtype=np.int64).tofile(self.folder / OFFSETS_FILE)
-        return {
-            "documents": len(self.lengths),
-            "tokens": self.num_tokens,
-            "bytes": self.num_bytes,
-            "exhausted": exhausted,
-            "dtype": self.dtype.name,
-            "sha256": self.digest.hexdigest(),
-        }
-
-    def _append(self, file: BinaryIO, batch: list[Encoded]) -> bool:
-        """Write some documents; False when some of it was left out."""
-        parts: list[NDArray[Any]] = []
-        whole = True
-        for ids, num_bytes in batch:
-            room = self.max_tokens - self.num_tokens - 1
-            whole = len(ids) <= room
-            if room < 1:  # a lone <|bos|> says nothing
-                break
-            if not whole:
-                ids = ids[:room]
-                num_bytes = len(self.encoding.decode_bytes(ids.tolist()))
-            parts += [self.bos, ids.astype(self.dtype)]
-            self.lengths.append(len(ids) + 1)
-            self.num_tokens += len(ids) + 1
-            self.num_bytes += num_bytes
-            if not whole:
-                break
-        block = np.concatenate([self.bos[:0], *parts]).tobytes()
-        self.digest.update(block)
-        file.write(block)
-        return whole
-
-
-def encode_documents(documents: Iterable[str], encoding: Encoding, *, num_threads: int) -> Iterator[list[Encoded]]:
-    """Documents that are not empty, encoded by threads (tiktoken frees the interpreter lock), in order, in batches."""
-    pool = ThreadPoolExecutor(num_threads)
-    pending: deque[Future[list[Encoded]]] = deque()
+def make_folder_beside(folder: Path) -> Path:
+    """An empty folder in the same place, from which a rename is atomic."""
     try:
-        for texts in batch_texts(documents):
-            pending.append(pool.submit(encode_texts, texts, encoding))
-            if len(pending) > 2 * num_threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
-def encode_texts(texts: list[str], encoding: Encoding) -> list[Encoded]:
-    """The ids of each text, control tokens in it read as text, and its bytes."""
-    encoded = []
-    for text in texts:
-        try:
-            # Unlike encode_ordinary it makes no Python list, which threads would make one after the other.
-            ids = encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate: encode_ordinary replaces it by U+FFFD, as long in bytes
-            ids = np.array(encoding.encode_ordinary(text), dtype=np.uint32)
-        encoded.append((ids, len(text.encode("utf-8", "surrogatepass"))))
-    return encoded
-
-
-def batch_texts(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents that are not empty, in lists of about `BATCH_CHARS` characters."""
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        if document:
-            batch.append(document)
-            size += len(document)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    """The error about a disk that takes no store."""
+    return UserError(
+        f"the token store {folder} cannot be written ({error.strerror or error}); free space there or choose another"
+        " --run_dir, then start again"
+    )
 
 
 def ensure_token_store(
@@ -277,6 +237,8 @@ def ensure_token_store(
     max_validation_tokens: int | None = None,
     text_column: str = "text",
     rebuild: bool = False,
+    on_bad_shard: str = "stop",
+    check_hash: bool = True,
 ) -> tuple[TokenStore, TokenStore]:
     """The stores `folder`/train and `folder`/validation, each opened where it fits and built where there is none.
 
@@ -284,33 +246,50 @@ def ensure_token_store(
 
     Args:
         rebuild: make a store that does not fit anew; right as long as nothing was trained on it.
+        on_bad_shard: what is done about a file that cannot be read: "stop", "skip" or "refetch"; see `Quarantine`.
+        check_hash: compare all of a store that is there with its checksums.
 
     Raises:
         UserError: a store does not fit or is damaged, and `rebuild` is not set; or the data set cannot be read.
     """
-    dataset_facts = describe_or_recall(dataset, folder) | {"text_column": text_column}
+    listing = list_corpus(dataset, known=read_listing(folder))
+    facts = describe_or_recall(dataset, folder, listing=listing, ignore_damage=on_bad_shard != "stop")
+    facts |= {"text_column": text_column}
     limits = {"train": max_train_tokens, "validation": max_validation_tokens}
     stores = []
     for split, max_tokens in limits.items():
         place = folder / split
-        store = reuse_store(place, dataset_facts, tokenizer, max_tokens=max_tokens, rebuild=rebuild)
+        store = reuse_store(place, facts, tokenizer, max_tokens=max_tokens, rebuild=rebuild, check_hash=check_hash)
         if store is None:
+            # The state that was described, also if the Hub has another one by now.
+            pinned = pin_revision(dataset, facts.get("revision"))
             store = build_token_store(
-                stream_documents(dataset, split, text_column=text_column),
+                open_split(pinned, split, text_column=text_column, listing=listing),
                 tokenizer,
                 place,
-                dataset=dataset_facts,
+                dataset=facts,
                 split=split,
                 max_tokens=max_tokens,
+                on_bad_shard=on_bad_shard,
             )
         stores.append(store)
+    if listing and listing != read_listing(folder):
+        write_json(folder / LISTING_FILE, {"dataset": dataset, "files": listing})
     return stores[0], stores[1]
 
 
-def describe_or_recall(dataset: str, folder: Path) -> dict[str, Any]:
+def read_listing(folder: Path) -> list[FileFacts]:
+    """The files of the data set as they were when the stores were made or last checked."""
+    file = folder / LISTING_FILE
+    return read_json(file)["files"] if file.is_file() else []
+
+
+def describe_or_recall(
+    dataset: str, folder: Path, *, listing: list[FileFacts] | None, ignore_damage: bool
+) -> dict[str, Any]:
     """What is known of the data set; where the Hub does not answer, what the store's manifest says of it."""
     try:
-        return describe_corpus(dataset)
+        return describe_corpus(dataset, listing=listing, ignore_damage=ignore_damage)
     except UserError as error:
         manifest = folder / "train" / MANIFEST_FILE
         recalled = read_json(manifest)["dataset"] if manifest.is_file() and is_hub_name(dataset) else {}
@@ -321,7 +300,13 @@ def describe_or_recall(dataset: str, folder: Path) -> dict[str, Any]:
 
 
 def reuse_store(
-    folder: Path, dataset: dict[str, Any], tokenizer: PreTrainedTokenizerFast, *, max_tokens: int | None, rebuild: bool
+    folder: Path,
+    dataset: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_tokens: int | None,
+    rebuild: bool,
+    check_hash: bool,
 ) -> TokenStore | None:
     """The store in `folder` if it fits; None if it is to be built."""
     if not folder.exists():
@@ -329,16 +314,22 @@ def reuse_store(
     try:
         store = TokenStore.open(folder)
         unfit = find_mismatch(store, dataset, tokenizer, max_tokens)
-        if unfit is None:
-            return store
-        raise UserError(
-            f"the token store {folder} {unfit}; delete {folder.parent} to make it anew, or choose another --run_dir"
-        )
+        if unfit is not None:
+            raise UserError(
+                f"the token store {folder} {unfit}; delete {folder.parent} to make it anew, or choose another"
+                " --run_dir"
+            )
+        if check_hash:
+            check_contents(folder)
     except UserError as error:
         if not rebuild:
             raise
         logger.info("making the token store anew: %s", error)
         return None
+    for bad in store.manifest.get("bad_shards", []):
+        if bad["skipped"]:
+            logger.warning("the token store %s was made without %s: %s", folder, bad["name"], bad["reason"])
+    return store
 
 
 def find_mismatch(
@@ -347,13 +338,19 @@ def find_mismatch(
     """Why a store cannot be used, as the rest of a sentence; None if it can."""
     made_from = store.manifest["dataset"]
     if made_from["manifest"] != dataset["manifest"] or made_from["text_column"] != dataset["text_column"]:
-        same_name = made_from["name"] == dataset["name"]
-        return f"was made from {'an earlier state of ' if same_name else ''}dataset {made_from['name']}" + (
-            "" if same_name else f", not from {dataset['name']}"
-        )
+        if made_from["name"] != dataset["name"]:
+            return f"was made from dataset {made_from['name']}, not from {dataset['name']}"
+        return f"was made from an earlier state of dataset {made_from['name']}{describe_change(made_from, dataset)}"
     if store.manifest["tokenizer"] != hash_tokenizer(tokenizer):
         return "was made with another tokenizer"
     if not store.manifest["exhausted"] and (max_tokens is None or store.manifest["max_tokens"] < max_tokens):
         asked = "all there are" if max_tokens is None else f"{max_tokens:,}"
         return f"holds {store.num_tokens:,} tokens, but {asked} are asked for"
     return None
+
+
+def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is different about a data set, in brackets; nothing where only contents are."""
+    keys = ("revision", "validation", "files", "bytes", "text_column")
+    changes = [f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
+    return f" ({'; '.join(changes)})" if changes else ""

@@ -1,6 +1,6 @@
-"""The model: three flat files that travel inside every checkpoint and import nothing from the rest of the package."""
+"""The model: flat files that travel inside every checkpoint and import nothing from the rest of the package."""
 
 from .configuration_gpt import GPTConfig
-from .modeling_gpt import GPTForCausalLM, GPTModel, GPTPreTrainedModel
+from .modeling_gpt import GPTForCausalLM, GPTForSequenceClassification, GPTModel, GPTPreTrainedModel
 
-__all__ = ["GPTConfig", "GPTForCausalLM", "GPTModel", "GPTPreTrainedModel"]
+__all__ = ["GPTConfig", "GPTForCausalLM", "GPTForSequenceClassification", "GPTModel", "GPTPreTrainedModel"]

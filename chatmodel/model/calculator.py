@@ -84,6 +84,8 @@ class CalculatorLogitsProcessor(LogitsProcessor):
             made of; `output`, the ids of every piece a result is cut into.
     """
 
+    supports_continuous_batching = True  # there `calculator_batching` takes its place
+
     def __init__(self, table: dict[str, Any]) -> None:
         self.start, self.end = int(table["start"]), int(table["end"])
         self.output_start, self.output_end = int(table["output_start"]), int(table["output_end"])

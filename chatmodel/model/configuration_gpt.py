@@ -10,6 +10,15 @@ AUTO_MAP = {
     "AutoConfig": "configuration_gpt.GPTConfig",
     "AutoModel": "modeling_gpt.GPTModel",
     "AutoModelForCausalLM": "modeling_gpt.GPTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_gpt.GPTForSequenceClassification",
+}
+
+# The parts in order, with what each takes and gives. vLLM leaves out those that belong to other stages.
+PIPELINE_PLAN = {
+    "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+    "embed_norm": (["inputs_embeds"], ["hidden_states"]),
+    "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    "norm": (["hidden_states"], ["hidden_states"]),
 }
 
 
@@ -29,6 +38,10 @@ class GPTConfig(PreTrainedConfig):
         value_gate_channels: how many leading channels of the input set that gate.
         residual_scalars: a learned scale on the residual stream and on the first embedding, before each layer.
         backout: subtract a learned share of the middle layer's output before the final norm.
+        smear: each token's embedding takes up a gated share of the one before it; for models imported from nanochat.
+            The last layer's type becomes "hybrid": full attention, and in caches a place for the last embedding.
+        smear_gate_channels: how many leading channels of the embedding set that gate.
+        gated_mlp: `hidden_act` gates a second projection (with "silu" it is SwiGLU, arXiv 2002.05202).
         final_logit_softcapping: logits are `c * tanh(logits / c)`; None leaves them as they are.
         init_scheme: "uniform" (chatmodel's recipe) or "normal" (the seed's: karpathy/nanochat@c75fe54).
         calculator: token ids and texts the calculator needs, made by `chatmodel.tokenizer.calculator_table`;
@@ -37,15 +50,6 @@ class GPTConfig(PreTrainedConfig):
 
     model_type = "chatmodel"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Transformers' own form)
-
-    base_model_tp_plan = {  # noqa: RUF012
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
 
     vocab_size: int = 32768
     hidden_size: int = 768
@@ -67,6 +71,9 @@ class GPTConfig(PreTrainedConfig):
     value_gate_channels: int = 12
     residual_scalars: bool = True
     backout: bool = True
+    smear: bool = False
+    smear_gate_channels: int = 24
+    gated_mlp: bool = False
     final_logit_softcapping: float | None = 15.0
     init_scheme: str = "uniform"
     calculator: dict[str, Any] | None = None
@@ -87,13 +94,35 @@ class GPTConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 100_000.0}
         if self.layer_types is None:
             self.layer_types = expand_window_pattern(self.window_pattern or "L", self.num_hidden_layers)
+        if self.smear:
+            self.layer_types = [*self.layer_types[:-1], "hybrid"]
         if "sliding_attention" not in self.layer_types:
             self.sliding_window = None
         elif self.sliding_window is None:
             self.sliding_window = max(1, self.max_position_embeddings // 4)
+        self.base_model_tp_plan = self._plan_tensor_parallelism()
+        self.base_model_pp_plan = None if self.parts_across_layers() else dict(PIPELINE_PLAN)
         # Saving the causal model alone would leave AutoModel out of the map; vLLM loads through it.
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
+
+    def _plan_tensor_parallelism(self) -> dict[str, str]:
+        """How each part is divided between devices; only of parts that this model has, as a plan is checked for."""
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")}
+        plan["layers.*.self_attn.o_proj"] = "rowwise"
+        if self.value_embeddings:
+            plan["layers.*.self_attn.value_embed"] = "embedding_colwise"
+            plan["layers.*.self_attn.value_gate"] = "colwise"
+        if self.gated_mlp:
+            plan["layers.*.mlp.gate_proj"] = "colwise"
+        return plan | {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+
+    def parts_across_layers(self) -> list[str]:
+        """The settings in use that bring ids, embeddings or an earlier layer's output to a later layer.
+
+        Such a model cannot be cut into pipeline stages, which hand on one tensor.
+        """
+        return [name for name in ("value_embeddings", "residual_scalars", "backout", "smear") if getattr(self, name)]
 
     def validate_shapes(self) -> None:
         """Refuse sizes that do not fit together (`@strict` calls every `validate_` method of a new configuration)."""

@@ -1,4 +1,4 @@
-"""The layers of the GPT: norm, rotary positions, attention, ReLU^2 MLP, and the decoder layer made of them."""
+"""The layers of the GPT: norm, rotary positions, attention, MLP, and the decoder layer made of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -54,6 +55,15 @@ class GPTRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GPTRotaryEmbedding":
+        """Move as any module does, but keep fp32: `model.to(torch.bfloat16)` would round the frequencies."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, moved in self._buffers.items():
+            if moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = kept[name].to(moved.device)  # type: ignore[union-attr]
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config: GPTConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (head_dim / 2,) and the factor on cosines and sines (arXiv 2104.09864)."""
@@ -72,8 +82,24 @@ class GPTRotaryEmbedding(nn.Module):
         return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
 
 
+class GPTRotaryNorm(nn.Module):
+    """QK norm and rotary positions of queries or keys; in either order the result is the same, as turning keeps norms.
+
+    The norm comes first because a compiler makes one kernel of that order.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Norm (B, T, heads, head_dim) states and turn them by cos and sin (B, T, 1, head_dim)."""
+        normed = F.rms_norm(states, (states.shape[-1],), eps=self.eps).to(states.dtype)
+        return rotate(normed, cos, sin)
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn (B, heads, T, head_dim) states by cos and sin (B, 1, T, head_dim); the halves of a head form the pairs."""
+    """Turn (..., head_dim) states by cos and sin that broadcast to them; the halves of a head form the pairs."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -95,6 +121,10 @@ def eager_attention_forward(
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    if attention_mask is not None:
+        # Padding that may see nothing gets nothing, as from the fused kernels; softmax would mix everything evenly.
+        sees_nothing = (attention_mask <= torch.finfo(attention_mask.dtype).min).all(dim=-1, keepdim=True)
+        weights = weights.masked_fill(sees_nothing, 0.0)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -123,8 +153,7 @@ class GPTAttention(nn.Module):
         self.k_proj = with_role(nn.Linear(config.hidden_size, key_value_size, bias=False), "input")
         self.v_proj = with_role(nn.Linear(config.hidden_size, key_value_size, bias=False), "input")
         self.o_proj = with_role(nn.Linear(query_size, config.hidden_size, bias=False), "output")
-        self.q_norm = GPTRMSNorm(config.rms_norm_eps)
-        self.k_norm = GPTRMSNorm(config.rms_norm_eps)
+        self.rotary_norm = GPTRotaryNorm(config.rms_norm_eps)
         self.value_embed: nn.Module | None = None
         if config.has_value_embedding(layer_idx):
             self.value_gate_channels = min(config.value_gate_channels, config.hidden_size)
@@ -139,23 +168,28 @@ class GPTAttention(nn.Module):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        soft_tokens: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Args: hidden_states (B, T, hidden_size), input_ids (B, T) for the value embedding; same shape out."""
+        """Args: hidden_states (B, T, hidden_size), input_ids (B, T) for the value embedding; same shape out.
+
+        soft_tokens (B, T) is True where a position is no token, so that it has no value embedding.
+        """
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query_states = self.q_proj(hidden_states).view(head_shape)
+        key_states = self.k_proj(hidden_states).view(head_shape)
         value_states = self.v_proj(hidden_states).view(head_shape)
         if self.value_embed is not None:
             # arXiv 2410.17897 (value residual), as karpathy/nanochat@92d63d4: a gate in (0, 3) per key/value head
             gate = 3 * torch.sigmoid(self.value_gate(hidden_states[..., : self.value_gate_channels]))
-            value_states = value_states + gate.unsqueeze(-1) * self.value_embed(input_ids).view(head_shape)
+            token_values = self._look_values_up(input_ids, soft_tokens, num_heads=value_states.shape[2])
+            value_states = value_states + gate.unsqueeze(-1) * token_values
         value_states = value_states.transpose(1, 2)
 
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-        query_states = self.q_norm(rotate(query_states, cos, sin))
-        key_states = self.k_norm(rotate(key_states, cos, sin))
+        cos, sin = (table.unsqueeze(2) for table in position_embeddings)
+        query_states = self.rotary_norm(query_states, cos, sin).transpose(1, 2)
+        key_states = self.rotary_norm(key_states, cos, sin).transpose(1, 2)
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
@@ -175,9 +209,26 @@ class GPTAttention(nn.Module):
         )
         return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
+    def _look_values_up(
+        self, input_ids: torch.Tensor, soft_tokens: torch.Tensor | None, *, num_heads: int
+    ) -> torch.Tensor:
+        """The tokens' value embeddings (B, T, num_heads, head_dim), of the heads that this rank holds."""
+        assert self.value_embed is not None
+        values = self.value_embed(input_ids)
+        if soft_tokens is not None:
+            values = values.masked_fill(soft_tokens.unsqueeze(-1), 0.0)
+        values = values.view(*input_ids.shape, -1, self.head_dim)
+        if values.shape[2] == num_heads:
+            return values
+        # Tensor parallelism divides the heads of a projection, but gives every rank whole rows of a table. The rank is
+        # asked of the gate because vLLM makes one layer of the three projections.
+        weight = self.value_gate.weight
+        rank = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else self.value_gate.tp_rank
+        return values[:, :, rank * num_heads : (rank + 1) * num_heads]
+
 
 class GPTMLP(nn.Module):
-    """Two linear layers with ReLU^2 (arXiv 2109.08668) between them."""
+    """Two linear layers with ReLU^2 (arXiv 2109.08668) between them; or a gated one, as in SwiGLU."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -185,10 +236,38 @@ class GPTMLP(nn.Module):
         self.up_proj = with_role(nn.Linear(config.hidden_size, config.intermediate_size, bias=False), "up")
         self.down_proj = with_role(nn.Linear(config.intermediate_size, config.hidden_size, bias=False), "output")
         self.act_fn = ACT2FN[config.hidden_act]
+        self.gate_proj: nn.Module | None = None
+        if config.gated_mlp:
+            self.gate_proj = with_role(nn.Linear(config.hidden_size, config.intermediate_size, bias=False), "up")
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, hidden_size) to the same shape."""
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        up_states = self.up_proj(hidden_states)
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(up_states))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up_states)
+
+
+class GPTInputNorm(nn.Module):
+    """What a layer begins with: a share of the first embeddings is mixed into the residual stream, and that is normed.
+
+    Source of the mixing: karpathy/nanochat@92d63d4 nanochat/gpt.py (resid_lambdas, x0_lambdas).
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        embeddings: torch.Tensor,
+        residual_scale: torch.Tensor,
+        embedding_scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (B, T, hidden_size), scales (1,); returns the mixed residual stream, and its norm."""
+        mixed = residual_scale * hidden_states + embedding_scale * embeddings
+        return mixed, F.rms_norm(mixed, (mixed.shape[-1],), eps=self.eps).to(mixed.dtype)
 
 
 class GPTDecoderLayer(GradientCheckpointingLayer):
@@ -198,7 +277,8 @@ class GPTDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = GPTAttention(config, layer_idx)
         self.mlp = GPTMLP(config)
-        self.input_layernorm = GPTRMSNorm(config.rms_norm_eps)
+        norm_class = GPTInputNorm if config.residual_scalars else GPTRMSNorm
+        self.input_layernorm = norm_class(config.rms_norm_eps)
         self.post_attention_layernorm = GPTRMSNorm(config.rms_norm_eps)
         self.residual_scalars = config.residual_scalars
         if config.residual_scalars:
@@ -217,7 +297,11 @@ class GPTDecoderLayer(GradientCheckpointingLayer):
         `embeddings` is positional: gradient checkpointing only follows positional tensors that need gradients.
         """
         if self.residual_scalars:
-            hidden_states = self.residual_scale * hidden_states + self.embedding_scale * embeddings
-        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), input_ids=input_ids, **kwargs)
+            hidden_states, normed_states = self.input_layernorm(
+                hidden_states, embeddings, self.residual_scale, self.embedding_scale
+            )
+        else:
+            normed_states = self.input_layernorm(hidden_states)
+        attn_output, _ = self.self_attn(normed_states, input_ids=input_ids, **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

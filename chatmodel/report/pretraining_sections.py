@@ -14,6 +14,7 @@ from chatmodel.report.formats import (
     format_signed,
     format_value,
 )
+from chatmodel.report.prediction import compare_prediction
 from chatmodel.report.results import (
     StageResult,
     collect_series,
@@ -144,7 +145,8 @@ def _describe_base(result: StageResult) -> list[Block]:
         ("Peak memory usage", format_bytes(metrics.get("peak_memory_bytes"))),
     ]
     plan = list(flatten_values(metrics.get("plan") or {}, null="none"))
-    blocks: list[Block] = [Facts(rows), Facts(plan or [("plan", "not recorded")], "Plan")]
+    blocks: list[Block] = [Facts(rows), *compare_prediction(result)]
+    blocks.append(Facts(plan or [("plan", "not recorded")], "Plan"))
     if evaluations:
         blocks.append(_list_evaluations(evaluations))
     # The tokenizer's section lists the packages that an embedded text comes from.
@@ -152,6 +154,7 @@ def _describe_base(result: StageResult) -> list[Block]:
     blocks.append(Facts(text, "Training text"))
     shown = {
         "plan",
+        "prediction",
         "core_estimate",
         "dataset",
         "parameters",
@@ -163,6 +166,8 @@ def _describe_base(result: StageResult) -> list[Block]:
         "val_bpb_min",
     }
     shown |= {"val_bpb_final", "mfu", "tokens_per_second", "total_flops", "train_seconds", "peak_memory_bytes"}
+    if "prediction" in metrics:
+        shown.add("disk_bytes")
     return [*blocks, *list_others(metrics, shown | {"history", "evaluations", "samples"})]
 
 

@@ -1,0 +1,338 @@
+"""Which attention kernel trains fastest on this device? Every candidate is tried once, on the shapes of the run."""
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from chatmodel.runtime import logger
+
+TRAINING_ATTENTION = "chatmodel_training"  # the name Transformers knows it by
+LONG = 1024  # from this length on, blocks pay on a CPU
+TOLERANCE = 0.02  # greatest relative error of outputs and gradients against fp32; bf16 itself has about 0.004
+
+# query, key, value, all (B, heads, T, head_dim), causal; scaling; window, the keys a query sees, or None for all.
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int | None], torch.Tensor]
+
+
+def attend_dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention by `scaled_dot_product_attention`, with a dense mask if there is a window; runs anywhere."""
+    length = query.shape[2]
+    if window is None or window >= length:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    positions = torch.arange(length, device=query.device)
+    distance = positions[:, None] - positions
+    mask = (distance >= 0) & (distance < window)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+
+def attend_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Windowed attention in plain PyTorch: blocks of `window` queries, each on its own and the previous block's keys.
+
+    Work and memory grow with T x window instead of T x T.
+    """
+    batch, heads, length, width = query.shape
+    if window is None or 2 * window > length:
+        return attend_dense(query, key, value, scaling, window)
+    padding = -length % window
+    blocks = [
+        F.pad(states, (0, 0, 0, padding)).reshape(batch, heads, -1, window, width).transpose(1, 2)
+        for states in (query, key, value)
+    ]
+    num_blocks = blocks[0].shape[1]
+    query, key, value = (states.reshape(batch * num_blocks, heads, window, width) for states in blocks)
+    before = [F.pad(states, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].reshape(key.shape) for states in blocks[1:]]
+    key, value = torch.cat((before[0], key), dim=2), torch.cat((before[1], value), dim=2)
+    positions = torch.arange(2 * window, device=query.device)
+    distance = positions[window:, None] - positions
+    seen = (distance >= 0) & (distance < window)
+    is_first = torch.arange(batch * num_blocks, device=query.device) % num_blocks == 0
+    mask = seen & ~(is_first[:, None, None] & (positions < window))  # nothing comes before the first block
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
+    output = output.view(batch, num_blocks, heads, window, width).transpose(1, 2)
+    return output.reshape(batch, heads, -1, width)[:, :, :length]
+
+
+def attend_cudnn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Full causal attention by cuDNN's kernel."""
+    if window is not None and window < query.shape[2]:
+        raise NotImplementedError("PyTorch's cuDNN attention knows no window")
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
+
+def attend_flash_2(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention by the FlashAttention 2 that PyTorch carries."""
+    length = query.shape[2]
+    output: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None,
+        None,
+        length,
+        length,
+        0.0,
+        True,
+        False,
+        scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )[0]
+    return output.transpose(1, 2)
+
+
+def attend_flash_3(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention by FlashAttention 3, built from source (Hopper)."""
+    from flash_attn_interface import flash_attn_func
+
+    states = (states.transpose(1, 2) for states in (query, key, value))
+    left = -1 if window is None else window - 1
+    output = flash_attn_func(*states, softmax_scale=scaling, causal=True, window_size=(left, 0 if window else -1))
+    output = output[0] if isinstance(output, tuple) else output
+    return output.transpose(1, 2)
+
+
+def attend_flash_4(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention by FlashAttention 4, `pip install flash-attn-4` (Hopper, Blackwell)."""
+    # The package is optional and makes its kernels at run time.
+    from chatmodel.flash_attention_4 import flash_attention_4
+
+    output, _ = flash_attention_4(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling, window)
+    return output.transpose(1, 2)
+
+
+def attend_flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention by FlexAttention, after `prepare_block_mask`; it must run under `torch.compile`."""
+    mask = _BLOCK_MASKS[query.shape[2], window]
+    output = flex_attention(query, key, value, block_mask=mask, scale=scaling)
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+_BLOCK_MASKS: dict[tuple[int, int | None], BlockMask] = {}  # made once, outside of compiled code
+
+
+def prepare_block_mask(length: int, window: int | None, device: torch.device) -> None:
+    """Make the block mask that `attend_flex` reads."""
+
+    def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        causal = query >= key
+        return causal if window is None else causal & (query - key < window)
+
+    _BLOCK_MASKS[length, window] = create_block_mask(sees, None, None, length, length, device=device)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to attend: on which device type, and what must be importable."""
+
+    name: str
+    attend: Attention
+    device_type: str | None = None  # None: any
+    package: str | None = None
+    compiled: bool = False
+
+
+CANDIDATES = (
+    Candidate("sdpa", attend_dense),
+    Candidate("blocks", attend_blocks),
+    Candidate("flash_attention_2", attend_flash_2, "cuda"),
+    Candidate("cudnn", attend_cudnn, "cuda"),
+    Candidate("flex", attend_flex, "cuda", compiled=True),
+    Candidate("flash_attention_3", attend_flash_3, "cuda", package="flash_attn_interface"),
+    Candidate("flash_attention_4", attend_flash_4, "cuda", package="flash_attn.cute"),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What trying a candidate showed; `milliseconds` are of forward and backward, None where it did not work."""
+
+    name: str
+    milliseconds: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The shape a choice is made for; `window` counts the query's own key, None sees all."""
+
+    batch: int
+    heads: int
+    sequence_length: int
+    head_dim: int
+    window: int | None
+
+
+def try_attention(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> list[Trial]:
+    """Run every candidate on random states of `shape`, forward and backward, checked against fp32, fastest first."""
+    trials = [_try_candidate(candidate, shape, device, dtype) for candidate in CANDIDATES]
+    return sorted(trials, key=lambda trial: math.inf if trial.milliseconds is None else trial.milliseconds)
+
+
+def _try_candidate(candidate: Candidate, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> Trial:
+    if candidate.device_type not in (None, device.type):
+        return Trial(candidate.name, None, f"needs a {candidate.device_type} device")
+    if candidate.package is not None and not _is_installed(candidate.package):
+        return Trial(candidate.name, None, f"{candidate.package} is not installed")
+    attend = torch.compile(candidate.attend, dynamic=False) if candidate.compiled else candidate.attend
+    try:
+        if candidate.compiled:
+            prepare_block_mask(shape.sequence_length, shape.window, device)
+        error = _measure_error(attend, shape, device, dtype)
+        if not error <= TOLERANCE:
+            return Trial(candidate.name, None, f"is wrong here: relative error {error:.3g}")
+        milliseconds = _measure_milliseconds(attend, shape, device, dtype)
+    except Exception as failure:  # a kernel may fail in any way on a device its authors never saw
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
+        return Trial(candidate.name, None, f"fails here: {reason}")
+    return Trial(candidate.name, milliseconds, "works")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _random_states(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Queries, keys, values and a gradient, laid out as projections leave them: heads behind positions in memory."""
+    generator = torch.Generator(device).manual_seed(0)
+    size = (shape.batch, shape.sequence_length, shape.heads, shape.head_dim)
+    return [torch.randn(size, generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)]
+
+
+def _measure_error(attend: Any, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> float:
+    """Greatest relative error of the output and of each gradient against fp32, on one row of the shape."""
+    *states, gradient = _random_states(replace(shape, batch=1), device, dtype)
+    results = []
+    cases: list[tuple[list[torch.Tensor], Any]] = [
+        (states, attend),
+        ([tensor.float() for tensor in states], attend_dense),
+    ]
+    for inputs, function in cases:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        output = function(*leaves, shape.head_dim**-0.5, shape.window)
+        output.backward(gradient.to(output.dtype))
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    pairs = zip(*results, strict=True)
+    return max(float((got.float() - true).norm() / true.norm()) for got, true in pairs)
+
+
+def _measure_milliseconds(
+    attend: Any, shape: AttentionShape, device: torch.device, dtype: torch.dtype, repeats: int = 5
+) -> float:
+    *states, gradient = _random_states(shape, device, dtype)
+    leaves = [tensor.requires_grad_() for tensor in states]
+    times = []
+    for _ in range(repeats + 2):
+        _synchronize(device)
+        began = time.perf_counter()
+        output = attend(*leaves, shape.head_dim**-0.5, shape.window)
+        torch.autograd.grad(output, leaves, gradient)
+        _synchronize(device)
+        times.append(time.perf_counter() - began)
+    return 1000 * sorted(times[2:])[repeats // 2]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class TrainingAttention:
+    """The chosen kernel for full and for windowed layers, as an attention function of Transformers.
+
+    It is for rows without padding, where every position counts: masks are not looked at.
+    """
+
+    def __init__(self, chosen: dict[int | None, Candidate]) -> None:
+        self.chosen = chosen
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Args: states (B, heads, T, head_dim); returns (B, T, heads, head_dim) and no weights."""
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        attend = self.chosen[sliding_window].attend
+        return attend(query, key, value, scaling, sliding_window).transpose(1, 2), None
+
+
+def choose_attention(
+    shapes: Sequence[AttentionShape], device: torch.device, dtype: torch.dtype, *, compiled: bool
+) -> dict[int | None, str]:
+    """The fastest working kernel's name for each of `shapes`, by window; on a CPU, by a rule.
+
+    On a CPU other programs disturb the clock, and a run continued with another choice would differ in its last bits.
+
+    Args:
+        compiled: whether the model will be compiled; FlexAttention without it would hold all scores.
+    """
+    chosen = {}
+    needs_compiling = {candidate.name for candidate in CANDIDATES if candidate.compiled}
+    for shape in shapes:
+        if device.type == "cpu":
+            long = shape.window is not None and shape.sequence_length >= max(4 * shape.window, LONG)
+            chosen[shape.window] = "blocks" if long else "sdpa"
+            continue
+        trials = [t for t in try_attention(shape, device, dtype) if compiled or t.name not in needs_compiling]
+        chosen[shape.window] = trials[0].name
+        logger.info(
+            "attention %s: %s (%s)",
+            "over all positions" if shape.window is None else f"over {shape.window} positions",
+            trials[0].name,
+            ", ".join(f"{t.name} {t.milliseconds:.2f} ms" for t in trials if t.milliseconds is not None),
+        )
+    return chosen
+
+
+def works_here(name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel of that name does its work on this device."""
+    candidate = next(candidate for candidate in CANDIDATES if candidate.name == name)
+    return _try_candidate(candidate, shape, device, dtype).milliseconds is not None
+
+
+def use_attention(chosen: dict[int | None, str], *, length: int, device: torch.device) -> TrainingAttention:
+    """Make the kernels of these names, by window, what `TRAINING_ATTENTION` stands for in Transformers."""
+    by_name = {candidate.name: candidate for candidate in CANDIDATES}
+    for window, name in chosen.items():
+        if by_name[name].compiled:
+            prepare_block_mask(length, window, device)
+    attention = TrainingAttention({window: by_name[name] for window, name in chosen.items()})
+    ALL_ATTENTION_FUNCTIONS.register(TRAINING_ATTENTION, attention)
+    return attention

@@ -1,0 +1,267 @@
+"""How is text turned into ids on all cores, in the order of the documents?"""
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from chatmodel.data.files import DamagedFile, plan_row_groups, read_parquet, read_texts
+from chatmodel.data.loading import read_ahead
+from chatmodel.data.shards import BadShard, Selection, Shards, fetch_in_turn
+from chatmodel.runtime import UserError
+from chatmodel.tokenizer import build_encoding
+
+BATCH_CHARS = 200_000  # text that goes to a worker at a time, where this process reads it
+MAX_WORKERS = 32  # one process writes what all of them encode
+MIN_PROCESS_BYTES = 10_000_000  # of files; for less text, processes cost more than they save
+PARENT_CHECK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some documents as ids, each beginning with `<|bos|>`.
+
+    tokens: (n,) uint16 or uint32. lengths: (documents,) tokens of each. sizes: (documents,) UTF-8 bytes of its text.
+    """
+
+    tokens: NDArray[Any]
+    lengths: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Rows of a parquet file, which the worker reads itself, so that text crosses no border between processes."""
+
+    file: Path
+    numbers: list[int]
+    selection: Selection
+
+    def __iter__(self) -> Iterator[str]:
+        texts = read_parquet(self.file, self.selection.text_column, self.numbers)
+        return (text for text in texts if self.selection.keeps(text))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a worker encodes at a time.
+
+    shard: number of the file it is from. position: bytes of all files up to its end, roughly; for the progress bar.
+    """
+
+    texts: list[str] | RowGroups
+    shard: int = 0
+    position: int = 0
+
+
+class Encoder:
+    """Turns texts into ids; control tokens in them are read as text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.encoding = build_encoding(tokenizer)
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.bos = np.array([tokenizer.bos_token_id], dtype=np.uint32)
+
+    def encode(self, texts: Iterable[str]) -> Block:
+        """The ids of each text that is not empty."""
+        parts = [self.bos[:0]]
+        lengths: list[int] = []
+        sizes: list[int] = []
+        for text in texts:
+            if not text:
+                continue
+            ids = self._encode_text(text)
+            parts += [self.bos, ids]
+            lengths.append(len(ids) + 1)
+            sizes.append(len(text.encode("utf-8", "surrogatepass")))
+        tokens = np.concatenate(parts, dtype=self.dtype, casting="unsafe")
+        return Block(tokens, np.array(lengths, dtype=np.int64), np.array(sizes, dtype=np.int64))
+
+    def _encode_text(self, text: str) -> NDArray[np.uint32]:
+        try:
+            # Unlike encode_ordinary it makes no Python list, which takes a third of the time.
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate: encode_ordinary replaces it by U+FFFD, as long in bytes
+            return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
+
+    def count_bytes(self, ids: NDArray[Any]) -> int:
+        """The UTF-8 bytes that ids stand for."""
+        return len(self.encoding.decode_bytes(ids.tolist()))
+
+
+Submit = Callable[[Piece], "Future[Block]"]
+
+
+@contextmanager
+def open_workers(encoder: Encoder, *, num_workers: int | None, total_bytes: int) -> Iterator[tuple[Submit, int]]:
+    """Workers that encode pieces, and their number; they are gone afterwards.
+
+    They are processes where the system forks them, a third faster than threads. Elsewhere (on macOS each would import
+    everything anew) and for less than `MIN_PROCESS_BYTES` they are threads, as tiktoken frees the interpreter lock.
+
+    Args:
+        num_workers: by default as many as there are cores.
+
+    Raises:
+        UserError: a process was killed from outside.
+    """
+    number = num_workers or min(count_cores(), MAX_WORKERS)
+    if number == 1 or total_bytes < MIN_PROCESS_BYTES or sys.platform != "linux":
+        pool: Executor = ThreadPoolExecutor(number)
+        encode: Callable[[Piece], Block] = partial(encode_piece, encoder)
+    else:
+        context = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(number, context, initializer=start_worker, initargs=(encoder, os.getpid()))
+        pool.submit(os.getpid).result()  # all are forked here, before any thread fetches files
+        encode = encode_in_worker
+
+    def submit(piece: Piece) -> Future[Block]:
+        return pool.submit(encode, piece)
+
+    try:
+        yield submit, number
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that encodes text was killed from outside, perhaps because memory ran out; free some memory and"
+            " start again"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def start_worker(encoder: Encoder, parent: int) -> None:
+    """Prepare a worker process: it leaves Ctrl-C to its parent, and ends when that is gone."""
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def leave_if_orphaned(number: int, frame: FrameType | None) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, leave_if_orphaned)
+    signal.setitimer(signal.ITIMER_REAL, PARENT_CHECK_SECONDS, PARENT_CHECK_SECONDS)
+    gc.freeze()
+
+
+def encode_in_worker(piece: Piece) -> Block:
+    """What a worker process does."""
+    assert _encoder is not None
+    return encode_piece(_encoder, piece)
+
+
+def encode_piece(encoder: Encoder, piece: Piece) -> Block:
+    """What a worker does."""
+    return encoder.encode(piece.texts)
+
+
+def encode_in_order(pieces: Iterator[Piece], submit: Submit, *, num_workers: int) -> Iterator[tuple[Piece, Block]]:
+    """Encode pieces side by side, and give the results in the order of the pieces.
+
+    Raises:
+        BadShard: after the results of all pieces before the one that cannot be read.
+    """
+    pending: deque[tuple[Piece, Future[Block]]] = deque()
+    failure: BadShard | None = None
+    try:
+        while failure is None:
+            try:
+                piece = next(pieces)
+            except StopIteration:
+                break
+            except BadShard as error:
+                failure = error
+                break
+            pending.append((piece, submit(piece)))
+            if len(pending) > 2 * num_workers:
+                yield take_first(pending)
+        while pending:
+            yield take_first(pending)
+        if failure is not None:
+            raise failure
+    finally:
+        for _, future in pending:
+            future.cancel()
+
+
+def take_first(pending: deque[tuple[Piece, "Future[Block]"]]) -> tuple[Piece, Block]:
+    """The first result, once it is there."""
+    piece, future = pending.popleft()
+    try:
+        return piece, future.result()
+    except DamagedFile as error:
+        raise BadShard(piece.shard, error) from None
+
+
+def cut_texts(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists of about `BATCH_CHARS` characters."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def cut_shards(shards: Shards, *, first: int, read: Callable[[int, str], None]) -> Iterator[Piece]:
+    """The pieces of a split's files, from number `first` on.
+
+    Args:
+        read: is told number and sha256 of each file before its first piece is given.
+
+    Raises:
+        BadShard: a file cannot be read.
+    """
+    before = sum(shard.size for shard in shards.files[:first])
+    fetched = read_ahead(fetch_in_turn(shards.files, first=first), source="files", timeout=None, depth=1)
+    for number, path, digest in fetched:
+        read(number, digest)
+        size = shards.files[number].size
+        try:
+            for texts, share in cut_file(path, shards.selection, size=size):
+                yield Piece(texts, number, before + int(share * size))
+        except DamagedFile as error:
+            raise BadShard(number, error) from None
+        before += size
+
+
+def cut_file(path: Path, selection: Selection, *, size: int) -> Iterator[tuple[list[str] | RowGroups, float]]:
+    """The pieces of a file, and the share of the file up to the end of each."""
+    runs = plan_row_groups(path, selection.text_column) if path.suffix == ".parquet" else None
+    if runs is not None:
+        for number, run in enumerate(runs, start=1):
+            yield RowGroups(path, run, selection), number / len(runs)
+        return
+    seen = 0
+    texts = (text for text in read_texts(path, text_column=selection.text_column) if selection.keeps(text))
+    for batch in cut_texts(texts):
+        seen += sum(map(len, batch))
+        yield batch, min(1.0, seen / size)

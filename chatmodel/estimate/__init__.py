@@ -1,0 +1,1 @@
+"""What will a pretraining run take? Said before anything is spent, and compared with what happened afterwards."""

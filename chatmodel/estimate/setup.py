@@ -1,0 +1,34 @@
+"""What does a prediction depend on, beside the plan?"""
+
+from dataclasses import dataclass
+
+from chatmodel.devices import Device
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a plan is to be run; memory is for one device, time and disk for all of them together.
+
+    Args:
+        precision: "bf16" or "no" (fp32).
+        compiled: whether the model is compiled; what is kept for the backward pass depends on it.
+        divided: whether weights and gradients are divided among the devices as well (FSDP), not optimizer state alone.
+        data_is_ready: whether the token store is there already.
+        hourly_rate: US dollars an hour of the whole machine.
+    """
+
+    device: Device
+    precision: str
+    compiled: bool
+    device_batch_size: int
+    num_devices: int = 1
+    divided: bool = False
+    eval_every: int = 250
+    eval_tokens: int = 20 * 2**19
+    data_is_ready: bool = False
+    hourly_rate: float | None = None
+
+    @property
+    def value_bytes(self) -> int:
+        """Of a weight or an activation."""
+        return 2 if self.precision == "bf16" else 4

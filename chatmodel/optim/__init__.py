@@ -1,0 +1,1 @@
+"""How do the weights move? Muon for the matrices, AdamW for the rest, their groups and their schedules."""

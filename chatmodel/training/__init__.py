@@ -1,0 +1,1 @@
+"""How is a base model pretrained, and how does the run survive whatever happens to it?"""

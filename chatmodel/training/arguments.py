@@ -1,0 +1,110 @@
+"""What can be asked of pretraining, and which plan and which data follow from it?"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chatmodel.checkpoint import list_checkpoints
+from chatmodel.data.store import TokenStore, ensure_token_store
+from chatmodel.runs import Run
+from chatmodel.runtime import UserError
+from chatmodel.scaling import RunPlan, plan_run
+
+COUNTS = ("eval_every", "eval_tokens", "core_every", "sample_every", "save_every", "log_every")
+TIMES = ("save_every_minutes", "data_timeout", "rank_timeout")
+
+
+@dataclass
+class PretrainArguments:
+    """What can be asked of pretraining; None means: as the plan derives it from `depth`."""
+
+    run_dir: Path = field(default=Path("runs/base"), metadata={"help": "The run folder."})
+    dataset: str = field(
+        default="karpathy/climbmix-400b-shuffle",
+        metadata={"help": "A Hub name, a folder of parquet/jsonl/txt files, or 'embedded'."},
+    )
+    text_column: str = field(default="text", metadata={"help": "The column or field that holds the text."})
+    on_bad_shard: str = field(
+        default="stop", metadata={"help": "Unreadable files: 'stop', 'skip' (and record it), or 'refetch' (Hub)."}
+    )
+    depth: int = field(default=12, metadata={"help": "The dial: number of layers; all else follows from it."})
+    recipe: str = field(default="chatmodel", metadata={"help": "'chatmodel', or 'seed' for nanochat's of Oct 2025."})
+    sequence_length: int = field(default=2048, metadata={"help": "Tokens a row, and the model's context."})
+    head_dim: int = field(default=128, metadata={"help": "Channels of an attention head."})
+    window_pattern: str | None = field(default=None, metadata={"help": "S (window) and L (full), tiled over layers."})
+    tokens_per_parameter: float | None = field(default=None, metadata={"help": "Training tokens a parameter."})
+    train_tokens: int | None = field(default=None, metadata={"help": "Overrides the planned number of tokens."})
+    max_steps: int | None = field(default=None, metadata={"help": "Overrides the planned number of steps."})
+    total_batch_tokens: int | None = field(default=None, metadata={"help": "Tokens a step, over all devices."})
+    device_batch_size: int = field(default=32, metadata={"help": "Rows a device holds at once."})
+    auto_batch: bool = field(
+        default=False, metadata={"help": "Find the most rows a device can hold at once, by trying; same total batch."}
+    )
+    lr_fraction: float = field(default=1.0, metadata={"help": "Factor on every planned learning rate."})
+    packing: str = field(default="best_fit", metadata={"help": "'best_fit' or 'contiguous' rows."})
+    seed: int = field(default=42, metadata={"help": "Seed of the weights and of the order of documents."})
+    mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
+    compile: bool | None = field(default=None, metadata={"help": "torch.compile; by default on CUDA only."})
+    eval_every: int = field(default=250, metadata={"help": "Steps between validation measurements."})
+    eval_tokens: int = field(default=20 * 2**19, metadata={"help": "Validation tokens of each measurement."})
+    eval_bundle: Path | None = field(default=None, metadata={"help": "CORE bundle (zip or folder) for estimates."})
+    core_every: int = field(default=2000, metadata={"help": "Steps between CORE estimates, if there is a bundle."})
+    core_max_per_task: int = field(default=500, metadata={"help": "Examples a task in those estimates."})
+    sample_every: int = field(default=2000, metadata={"help": "Steps between sample completions."})
+    save_every: int = field(
+        default=500, metadata={"help": "Steps between checkpoints; each measurement and each signal makes one too."}
+    )
+    save_every_minutes: float = field(default=10.0, metadata={"help": "Most minutes between checkpoints."})
+    log_every: int = field(default=10, metadata={"help": "Steps between log lines."})
+    data_timeout: float = field(default=300.0, metadata={"help": "Most seconds to wait for a batch."})
+    rank_timeout: float = field(default=600.0, metadata={"help": "Most seconds that one rank waits for another."})
+    tracker: str | None = field(default=None, metadata={"help": "'tensorboard', 'wandb' or 'trackio'."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop."})
+
+    def __post_init__(self) -> None:
+        self.run_dir = Path(self.run_dir)
+        self.eval_bundle = Path(self.eval_bundle) if self.eval_bundle else None
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in TIMES:
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.eval_bundle is not None and not self.eval_bundle.exists():
+            raise UserError(f"eval_bundle {self.eval_bundle} does not exist; leave it out, or give the zip or folder")
+
+    def plan(self, vocab_size: int) -> RunPlan:
+        """The plan these arguments lead to."""
+        return plan_run(
+            self.depth,
+            vocab_size=vocab_size,
+            sequence_length=self.sequence_length,
+            recipe=self.recipe,
+            head_dim=self.head_dim,
+            tokens_per_parameter=self.tokens_per_parameter,
+            train_tokens=self.train_tokens,
+            max_steps=self.max_steps,
+            total_batch_tokens=self.total_batch_tokens,
+            window_pattern=self.window_pattern,
+        )
+
+
+def open_stores(
+    args: PretrainArguments, plan: RunPlan, tokenizer: Any, run: Run, *, is_main: bool = True
+) -> tuple[TokenStore, TokenStore]:
+    """The token stores a run trains and validates on, built where they are not there yet.
+
+    The main process alone reads them through for damage.
+    """
+    return ensure_token_store(
+        args.dataset,
+        tokenizer,
+        run.folder("data"),
+        # Best-fit rows leave out the ends of long documents, so more text is read than is trained on.
+        max_train_tokens=int(1.5 * plan.train_tokens),
+        max_validation_tokens=args.eval_tokens,
+        text_column=args.text_column,
+        rebuild=not list_checkpoints(run.checkpoints("base")),
+        on_bad_shard=args.on_bad_shard,
+        check_hash=is_main,
+    )

@@ -1,0 +1,102 @@
+"""How many rows can a device hold at once? Found by trying, or on a CPU by an estimate."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import psutil
+import torch
+
+from chatmodel.devices import describe_device
+from chatmodel.estimate.memory import MEMORY_FACTOR, largest_batch
+from chatmodel.estimate.setup import Setup
+from chatmodel.runtime import UserError, logger
+from chatmodel.scaling import RunPlan
+from chatmodel.train_step import TrainStep
+from chatmodel.training.ranks import Ranks
+
+# Bytes a parameter that the first update will still ask for: its masters and momenta in fp32.
+OPTIMIZER_BYTES = 12
+
+
+def choose_device_batch_size(step: TrainStep, ranks: Ranks, *, compiled: bool) -> int:
+    """The most rows, a power of two, that every rank can hold; what was found is logged.
+
+    Raises:
+        UserError: not even one row fits, or the weights are divided among ranks.
+    """
+    if step.divided:
+        raise UserError("auto_batch cannot try sizes on weights divided by FSDP; set device_batch_size instead")
+    candidates = list_candidates(step.plan, ranks.count)
+    guess = guess_rows(step, ranks, compiled=compiled)
+    on_cuda = ranks.device.type == "cuda"
+    # A CPU has no error to catch: the system kills the process, or another.
+    found = ranks.minimum(
+        find_largest(candidates, lambda size: try_rows(step, size), guess=guess) if on_cuda else guess
+    )
+    if not found:
+        raise UserError(
+            f"auto_batch: not even one row of {step.plan.sequence_length} tokens fits into the memory of "
+            f"{ranks.device}; lower depth or sequence_length"
+        )
+    logger.info(
+        "auto_batch: %d rows a device at once, %d micro-batches a step%s",
+        found,
+        step.plan.accumulation_steps(found, ranks.count),
+        "" if found < candidates[-1] else ", for a step has no more",
+    )
+    return found
+
+
+def list_candidates(plan: RunPlan, world_size: int) -> list[int]:
+    """The powers of two that divide the rows of each rank's part of a step, smallest first."""
+    rows = plan.accumulation_steps(1, world_size)
+    return [1 << power for power in range(rows.bit_length()) if rows % (1 << power) == 0]
+
+
+def find_largest(candidates: Sequence[int], fits: Callable[[int], bool], *, guess: int) -> int:
+    """The largest candidate that fits, 0 if none does; tries outwards from `guess`, as each trial can be slow."""
+    start = max((index for index, size in enumerate(candidates) if size <= guess), default=0)
+    if fits(candidates[start]):
+        best = start
+        while best + 1 < len(candidates) and fits(candidates[best + 1]):
+            best += 1
+        return candidates[best]
+    return next((size for size in reversed(candidates[:start]) if fits(size)), 0)
+
+
+def guess_rows(step: TrainStep, ranks: Ranks, *, compiled: bool) -> int:
+    """The most rows by the estimate of `chatmodel.estimate`, for the memory that this rank has now; 0 if none fits."""
+    device = ranks.device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    else:
+        free = psutil.virtual_memory().available // ranks.count + psutil.Process().memory_info().rss
+    setup = Setup(
+        device=replace(describe_device(device), memory_bytes=int(free / MEMORY_FACTOR)),
+        precision=step.accelerator.mixed_precision,
+        compiled=compiled,
+        device_batch_size=1,
+        num_devices=ranks.count,
+    )
+    return largest_batch(step.plan, setup) or 0
+
+
+def try_rows(step: TrainStep, size: int) -> bool:
+    """Whether one micro-batch of `size` rows fits on this rank's CUDA device; nothing is left of it."""
+    device = step.accelerator.device
+    shape = (size, step.plan.sequence_length)
+    ids = torch.randint(step.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    num_parameters = sum(parameter.numel() for parameter in step.model.parameters())
+    try:
+        ballast = torch.empty(OPTIMIZER_BYTES * num_parameters, dtype=torch.uint8, device=device)
+        step.accumulate({"input_ids": ids, "shift_labels": ids})
+        torch.cuda.synchronize(device)
+        del ballast
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        step.drop()
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,0 +1,51 @@
+"""What is known of devices: names, datasheets, limits, and timings of real products."""
+
+import pytest
+import torch
+
+from chatmodel import devices
+from chatmodel.devices import DATASHEETS, describe_device, describe_named, find_datasheet, measure_copy, measure_matmul
+from chatmodel.runtime import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("h100", 989e12),
+    ],
+)
+def test_a_device_is_known_by_part_of_its_name(name, flops):
+    assert find_datasheet(name).flops == flops
+
+
+def test_an_unknown_device_has_no_datasheet():
+    assert find_datasheet("Voodoo 2") is None
+    with pytest.raises(UserError, match=r"'Voodoo 2' is not known; choose one of H200.* RTX 3090"):
+        describe_named("Voodoo 2")
+
+
+def test_a_named_device_is_that_of_another_machine():
+    device = describe_named("RTX 4090")
+    assert (device.kind, device.present, device.memory_bytes) == ("cuda", None, DATASHEETS["RTX 4090"].memory_bytes)
+
+
+def test_a_container_limits_the_memory(tmp_path, monkeypatch):
+    whole = describe_device(CPU).memory_bytes
+    limits = [tmp_path / name for name in ("memory.max", "not there", "word")]
+    limits[0].write_text(f"{2**30}\n")
+    limits[2].write_text("max\n")
+    monkeypatch.setattr(devices, "CGROUP_LIMITS", limits)
+    assert describe_device(CPU).memory_bytes == 2**30 < whole
+
+
+def test_rates_are_those_of_the_clock(monkeypatch):
+    """A clock that ticks once a look makes every call last one second."""
+    ticks = iter(range(100))
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: float(next(ticks)))
+    assert measure_matmul(CPU, torch.float32, (8, 4, 2)) == 2 * 8 * 4 * 2
+    assert measure_copy(CPU) == 2 * 4 * 2**24

@@ -1,0 +1,39 @@
+"""The largest batch is found in few trials, and never one that does not divide the step."""
+
+import pytest
+
+from chatmodel.runtime import UserError
+from chatmodel.scaling import plan_run
+from chatmodel.training.batch_size import find_largest, list_candidates
+
+
+def plan(rows):
+    return plan_run(2, vocab_size=512, head_dim=32, sequence_length=32, max_steps=1, total_batch_tokens=rows * 32)
+
+
+def test_candidates_divide_the_step():
+    assert list_candidates(plan(24), 1) == [1, 2, 4, 8]
+    assert list_candidates(plan(24), 2) == [1, 2, 4]
+    assert list_candidates(plan(24), 3) == [1, 2, 4, 8]
+    with pytest.raises(UserError, match="no multiple"):
+        list_candidates(plan(24), 5)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 8, 100])
+@pytest.mark.parametrize("guess", [0, 1, 4, 1000])
+def test_the_largest_that_fits_is_found_from_any_guess(limit, guess):
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        return size <= limit
+
+    candidates = [1, 2, 4, 8, 16, 32]
+    assert find_largest(candidates, fits, guess=guess) == max((c for c in candidates if c <= limit), default=0)
+    assert len(tried) == len(set(tried)), "each trial can take a minute"
+
+
+def test_a_good_guess_needs_two_trials():
+    tried = []
+    assert find_largest([1, 2, 4, 8, 16], lambda size: bool(tried.append(size)) or size <= 4, guess=5) == 4
+    assert tried == [4, 8]
