@@ -146,6 +146,8 @@ class ReplyStreamer(TextIteratorStreamer):  # type: ignore[misc]
         self.marks = {tokenizer.convert_tokens_to_ids(token): token for token in SPECIAL_TOKENS}
         self.marks |= dict.fromkeys(end_ids, "")
         self.held = ""
+        self.token_cache: list[int] = []
+        self.print_len = 0
 
     def put(self, value: torch.Tensor) -> None:
         """Args: value, the prompt (1, T) at first, then new ids (1,)."""

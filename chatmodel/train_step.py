@@ -79,7 +79,7 @@ class TrainStep:
         self._shapes, self._place = attention_shapes(model.config, device_batch_size), (device, dtype)
         self._use_attention(choose_attention(self._shapes, device, dtype, compiled=compiled))
         # In plain PyTorch the model's own parts are the faster ones.
-        self.layers = TrainingLayers(model, dtype) if compiled else None
+        self.layers = TrainingLayers(model) if compiled else None
         self._prepare_training()
         self.loss_module = LanguageModelLoss(model)
         if compiled:

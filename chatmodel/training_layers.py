@@ -191,11 +191,12 @@ class RotaryTable(nn.Module):
     cos: torch.Tensor
     signed_sin: torch.Tensor
 
-    def __init__(self, rotary_embedding: nn.Module, length: int, dtype: torch.dtype) -> None:
+    def __init__(self, rotary_embedding: nn.Module, length: int) -> None:
         super().__init__()
         device = next(rotary_embedding.buffers()).device
         positions = torch.arange(length, device=device)[None]
-        cos, sin = rotary_embedding(torch.empty((), dtype=dtype, device=device), positions)
+        # In fp32: rounded, cos^2 + sin^2 is not 1, and turning would not keep norms, which `RotaryNorm` counts on.
+        cos, sin = rotary_embedding(torch.empty((), dtype=torch.float32, device=device), positions)
         half = sin.shape[-1] // 2
         self.register_buffer("cos", cos[0], persistent=False)
         self.register_buffer("signed_sin", torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1), persistent=False)
@@ -208,10 +209,10 @@ class RotaryTable(nn.Module):
 class TrainingLayers:
     """The parts of a model that training exchanges; `install` puts them in, `remove` puts the model's own back."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         config, decoder = model.config, model.model
         rotary_norm = TrainingRotaryNorm(config.rms_norm_eps)
-        table = RotaryTable(decoder.rotary_emb, config.max_position_embeddings, dtype)
+        table = RotaryTable(decoder.rotary_emb, config.max_position_embeddings)
         norm = TrainingNorm(config.rms_norm_eps)
         self.swaps: list[Swap] = [
             (decoder, "rotary_emb", table),

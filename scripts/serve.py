@@ -1,8 +1,8 @@
 """Serve a model folder with the OpenAI protocol: `python scripts/serve.py runs/cpu/sft --device cpu --port 8000`.
 
 This is `transformers serve` (all its options work) with this project's model made known to it, and mended where a
-client would learn nothing: what is wrong with a request is said in one sentence, a temperature is obeyed, and an answer
-ends with the model's context.
+client would learn nothing: what is wrong with a request is said in one sentence, a temperature is obeyed, and the
+model's context ends an answer.
 """
 
 import sys
@@ -14,6 +14,7 @@ import torch
 
 import chatmodel
 from chatmodel.model.generation_gpt import check_prompt
+from chatmodel.runtime import logger
 
 
 def add_answers_to_bad_requests(app: Any) -> None:
@@ -48,6 +49,22 @@ def fit_to_context(generate: Callable[..., Any]) -> Callable[..., Any]:
     return generate_fitted
 
 
+def tell_of_shared_sampling(init_batching: Callable[..., Any]) -> Callable[..., Any]:
+    """Continuous batching samples every request as the first one asked for; say so where another differs."""
+
+    def init_and_tell(self: Any, model: Any, settings: Any) -> None:
+        init_batching(self, model, settings)
+        shared = self._cb.generation_config
+        for name in ("do_sample", "temperature", "top_p"):
+            wanted, kept = getattr(settings, name), getattr(shared, name)
+            if wanted != kept:
+                logger.warning(
+                    "%s=%s of a request is not obeyed: all are sampled with the first's, %s", name, wanted, kept
+                )
+
+    return init_and_tell
+
+
 def mend_server() -> None:
     """Put the mends where the server of Transformers 5.23 looks for them."""
     from transformers.cli.serving import server, utils
@@ -68,6 +85,7 @@ def mend_server() -> None:
 
     server.build_server = build_mended_server
     utils.BaseHandler._build_generation_config = build_sampling_settings
+    utils.CBGenerateManager.init_cb = tell_of_shared_sampling(utils.CBGenerateManager.init_cb)
     for manager in (utils.GenerateManager, utils.CBGenerateManager):
         manager.generate_streaming = fit_to_context(manager.generate_streaming)
         manager.generate_non_streaming = fit_to_context(manager.generate_non_streaming)

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "chatmodel"
 LAYERS = [  # lowest first
-    {"model", "runtime", "execution", "flash_attention_4"},
+    {"model", "runtime", "execution", "flash_attention_4", "vllm_plugin"},
     {"runs", "scaling", "tokenizer", "devices", "attention", "cross_entropy_kernel", "training_layers"},
     {"data", "optim", "tokenizer_comparison", "losses"},
     {"conversations", "checkpoint", "train_step"},

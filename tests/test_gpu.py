@@ -1,12 +1,16 @@
 """What only a CUDA device can show: the fused loss, the attention kernels, a step that is skipped without waiting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_model
 
-from chatmodel.attention import AttentionShape, try_attention
+from chatmodel.attention import CANDIDATES, AttentionShape, try_attention, works_here
 from chatmodel.losses import LanguageModelLoss, _plain_cross_entropy
+from chatmodel.optim.groups import build_optimizer
+from chatmodel.optim.schedule import apply_schedule
 from chatmodel.scaling import plan_run
 from chatmodel.train_step import TrainStep
 
@@ -50,6 +54,78 @@ def test_kernels_that_work_here_are_right(window):
     }
     assert trials["sdpa"].milliseconds is not None
     assert all("wrong" not in trial.reason for trial in trials.values())
+
+
+def make_long_model(seed: int = 0):
+    """Heads of 128 and rows long enough for every kernel, with full and windowed layers."""
+    model = make_model(
+        seed,
+        vocab_size=4096,
+        hidden_size=256,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        max_position_embeddings=512,
+        sliding_window=128,
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            parameter.data *= 0.3  # near the sizes of training, where rounding to bf16 does little
+    return model
+
+
+@pytest.mark.parametrize("windowed", [c.name for c in CANDIDATES])
+@pytest.mark.parametrize("full", ["sdpa", "cudnn", "flash_attention_2", "flex", "flash_attention_4"])
+def test_a_compiled_step_has_the_gradients_of_the_model(windowed, full):
+    """Every pair of kernels, compiled in bf16 with two micro-batches, beside the plain model in fp32."""
+    device, shape = torch.device("cuda"), AttentionShape(4, 2, 512, 128, 128)
+    if not works_here(windowed, shape, device, torch.bfloat16):
+        pytest.skip(f"{windowed} does not work for windows here")
+    if not works_here(full, replace(shape, window=None), device, torch.bfloat16):
+        pytest.skip(f"{full} does not work here")
+    plan = plan_run(4, vocab_size=4096, sequence_length=512, head_dim=128, max_steps=10, total_batch_tokens=4096)
+    ids = torch.randint(0, 4096, (8, 513), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    reference = make_long_model().cuda()
+    labels = ids[:, 1:].contiguous()
+    reference(ids[:, :-1], labels=labels, shift_labels=labels, use_cache=False).loss.backward()
+    model = make_long_model()
+    step = TrainStep(model, plan, Accelerator(mixed_precision="bf16"), device_batch_size=4)
+    step._use_attention({128: windowed, None: full})
+    step.loss_module.chunk_tokens = 500
+    for rows in (slice(0, 4), slice(4, 8)):
+        step.accumulate({"input_ids": ids[rows, :-1], "shift_labels": ids[rows, 1:]})
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm()
+        # The scalars' gradients are small differences of large sums, which bf16 blurs in the model's own parts too.
+        assert error < (0.05 if ours.numel() > 1 else 0.5), (name, float(error))
+
+
+def test_steps_on_the_device_follow_those_on_the_cpu():
+    """Five steps compiled in bf16 move the weights as plain PyTorch in fp32 on the CPU does."""
+    plan = plan_run(4, vocab_size=4096, sequence_length=512, head_dim=128, max_steps=10, total_batch_tokens=2048)
+    ids = torch.randint(0, 4096, (5, 4, 513), generator=torch.Generator().manual_seed(1))
+    start, reference = make_long_model(), make_long_model()
+    optimizer = build_optimizer(reference, plan.groups)
+    model = make_long_model()
+    step = TrainStep(model, plan, Accelerator(mixed_precision="bf16"), device_batch_size=4)
+    for index, rows in enumerate(ids):
+        reference(
+            rows[:, :-1], shift_labels=rows[:, 1:].contiguous(), labels=rows[:, 1:], use_cache=False
+        ).loss.backward()
+        apply_schedule(optimizer, index, plan.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        step.accumulate({"input_ids": rows[:, :-1].cuda(), "shift_labels": rows[:, 1:].cuda()})
+        assert step.finish(index).updated
+    masters = step.optimizer.state
+    for (name, ours), theirs, before in zip(
+        model.named_parameters(), reference.parameters(), start.parameters(), strict=True
+    ):
+        moved, expected = masters[ours]["master"].cpu() - before, theirs.detach() - before
+        alike = torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0)
+        if ours.numel() > 1:
+            assert alike > 0.9, (name, float(alike))
+            assert moved.norm() == pytest.approx(float(expected.norm()), rel=0.1), name
 
 
 def test_a_step_that_is_not_finite_changes_nothing():

@@ -35,7 +35,6 @@ def expected(model):
     [
         {},
         {"cache_implementation": "static", "disable_compile": True},
-        {"cache_implementation": "offloaded_static", "disable_compile": True},
         {"prefill_chunk_size": 4},
     ],
     ids=lambda options: "-".join(map(str, options)) or "dynamic",
@@ -106,7 +105,9 @@ class Request:
 @pytest.mark.parametrize("behind", [0, 1])
 def test_the_calculator_keeps_up_with_overlapping_batches(chat_model, tokenizer, behind):
     """Wherever a request stands, the same tokens may follow as in `generate`, though the last may not be known."""
-    text = "<|bos|>a <|python_start|>12+30<|python_end|><|output_start|>42<|output_end|>b<|python_start|>x<|python_end|>"
+    text = (
+        "<|bos|>a <|python_start|>12+30<|python_end|><|output_start|>42<|output_end|>b<|python_start|>x<|python_end|>"
+    )
     ids = tokenizer.encode(text, add_special_tokens=False)
     (regular,) = chat_model._get_logits_processor(GenerationConfig())
     requests = RequestCalculator(regular)
@@ -148,12 +149,14 @@ def test_generation_ends_with_the_context(model):
     assert [len(output.generated_tokens) for output in outputs.values()] == [4, 16]
 
 
-@pytest.mark.parametrize(("prompt", "sentence"), [([], "empty"), ([5, 512], "id 512"), ([5] * 256, "context holds 256")])
+@pytest.mark.parametrize(
+    ("prompt", "sentence"), [([], "empty"), ([5, 512], "id 512"), ([5] * 256, "context holds 256")]
+)
 def test_replies_to_bad_prompts_are_refused(chat_model, tokenizer, prompt, sentence):
     with pytest.raises((UserError, ValueError), match=sentence):
         generate_replies(chat_model, tokenizer, [[5, 6], prompt], max_new_tokens=2)
 
 
 def test_an_empty_question_is_refused(chat_model, tokenizer):
-    with pytest.raises(UserError, match="message 1 .* is empty"):
+    with pytest.raises(UserError, match=r"message 1 .* is empty"):
         next(stream_reply(chat_model, tokenizer, [{"role": "user", "content": " "}]))

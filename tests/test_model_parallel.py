@@ -110,7 +110,7 @@ def test_plans_follow_the_model_and_are_not_saved(tmp_path):
 
 @pytest.mark.parametrize("stage", ["first", "last"])
 def test_a_stage_alone(stage):
-    """As transformers and vLLM cut a model: identities take any arguments and stand where other stages' layers were."""
+    """As transformers and vLLM cut a model: identities stand where other stages' layers were."""
 
     class Absent(nn.Identity):
         def forward(self, *args, **kwargs):

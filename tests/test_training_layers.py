@@ -24,7 +24,7 @@ def test_rotary_norm_is_the_models(monkeypatch):
     gradient = torch.randn_like(states)
     own, ours = states.clone().requires_grad_(), states.clone().requires_grad_()
     expected = GPTRotaryNorm(1e-6)(own, *(table.unsqueeze(2) for table in rotary(states, positions)))
-    table = RotaryTable(rotary, 16, torch.float32)
+    table = RotaryTable(rotary, 16)
     output = TrainingRotaryNorm(1e-6)(ours, *(rows.unsqueeze(2) for rows in table(states, positions)))
     torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
     expected.backward(gradient)
@@ -40,7 +40,7 @@ def test_a_model_trains_as_it_did_and_gets_its_own_parts_back(options):
     model(ids, labels=ids, use_cache=False).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    layers = TrainingLayers(model, torch.float32)
+    layers = TrainingLayers(model)
     layers.install()
     assert [type(module) for module in model.modules()] != parts
     model(ids, labels=ids, use_cache=False).loss.backward()

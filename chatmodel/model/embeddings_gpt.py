@@ -1,4 +1,4 @@
-"""Which tokens given embeddings belong to: what `inputs_embeds` means for a model that also looks values up by token."""
+"""Which tokens the given embeddings belong to, for a model that also looks values up by token."""
 
 import torch
 from torch.distributed.tensor import DTensor

@@ -210,10 +210,11 @@ class GPTAttention(nn.Module):
         return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
     def _look_values_up(
-        self, input_ids: torch.Tensor, soft_tokens: torch.Tensor | None, *, num_heads: int
+        self, input_ids: torch.Tensor | None, soft_tokens: torch.Tensor | None, *, num_heads: int
     ) -> torch.Tensor:
         """The tokens' value embeddings (B, T, num_heads, head_dim), of the heads that this rank holds."""
         assert self.value_embed is not None
+        assert input_ids is not None
         values = self.value_embed(input_ids)
         if soft_tokens is not None:
             values = values.masked_fill(soft_tokens.unsqueeze(-1), 0.0)
@@ -223,7 +224,7 @@ class GPTAttention(nn.Module):
         # Tensor parallelism divides the heads of a projection, but gives every rank whole rows of a table. The rank is
         # asked of the gate because vLLM makes one layer of the three projections.
         weight = self.value_gate.weight
-        rank = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else self.value_gate.tp_rank
+        rank: Any = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else self.value_gate.tp_rank
         return values[:, :, rank * num_heads : (rank + 1) * num_heads]
 
 

@@ -125,7 +125,7 @@ class GPTModel(GPTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         elif self.config.value_embeddings:
-            input_ids, soft_tokens = find_tokens(inputs_embeds, self.embed_tokens.weight)
+            input_ids, soft_tokens = find_tokens(inputs_embeds, self.get_input_embeddings().weight)
 
         # Masks are made from the cache that was passed: an empty one made here would hide packed documents.
         seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -319,8 +319,8 @@ class GPTForSequenceClassification(GenericForSequenceClassification, GPTPreTrain
     """The decoder with a head that scores whole sequences at their last token: classifiers and reward models."""
 
     def __init__(self, config: GPTConfig) -> None:
-        # Not the generic one's: it asks AutoModel for the decoder, which knows it only where this package is installed.
-        GPTPreTrainedModel.__init__(self, config)
+        # Not the generic one's, which asks AutoModel for the decoder: only this package makes it known there.
+        GPTPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
         self.num_labels = config.num_labels
         self.model = GPTModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)

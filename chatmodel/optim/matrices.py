@@ -20,9 +20,12 @@ def update_matrices(
 ) -> None:
     """One step of Muon on `weights` (n, rows, columns), in place, together with its state.
 
-    Nesterov momentum, orthogonalization, then, given `second_moments`, each row's (or column's) update is divided by
-    its running size (NorMuon, arXiv 2510.05491). The update is scaled by sqrt(max(1, rows / columns)). Weights that
-    the update does not grow are decayed (cautious decay, arXiv 2510.12402).
+    Nesterov momentum, then orthogonalization; the update is scaled by sqrt(max(1, rows / columns)). Weights that the
+    update does not grow are decayed (cautious decay, arXiv 2510.12402). Given `second_moments`, rows are brought to
+    one size before orthogonalization (MuonEq), the result to the norm of a semi-orthogonal matrix (Muon+), and each
+    row's (or column's) update is divided by its running size (NorMuon, arXiv 2510.05491).
+
+    Source: karpathy/nanochat@92d63d4 nanochat/optim.py.
 
     Args:
         second_moments: (n, rows, 1) for tall and square matrices, (n, 1, columns) for wide ones.
@@ -32,8 +35,11 @@ def update_matrices(
     rows, columns = weights.shape[-2:]
     _replace(momenta, momenta.lerp(gradients, 1 - momentum), skip)
     # Nesterov: look ahead along the momentum from the gradient.
-    updates = orthogonalize(gradients.lerp(momenta, momentum), method)
-    if second_moments is not None:
+    ahead = gradients.lerp(momenta, momentum)
+    if second_moments is None:
+        updates = orthogonalize(ahead, method)
+    else:
+        updates = restore_norm(orthogonalize(equilibrate_rows(ahead), method))
         updates = normalize_updates(updates, second_moments, beta2, skip=skip)
     updates = updates * (lr * max(1.0, rows / columns) ** 0.5)
     grows = (updates * weights) >= 0
@@ -42,6 +48,23 @@ def update_matrices(
 
 def _replace(old: torch.Tensor, new: torch.Tensor, skip: torch.Tensor | None) -> None:
     old.copy_(new if skip is None else torch.where(skip, old, new))
+
+
+def equilibrate_rows(matrices: torch.Tensor) -> torch.Tensor:
+    """Bring the rows of each (..., rows, columns) to one size, the root mean square of their norms.
+
+    The polynomials of the orthogonalization reach small singular values in more steps than there are; of evened out
+    rows fewer are small. In early training, with high rates, this and `restore_norm` matter most.
+    """
+    row_norms = matrices.norm(dim=-1, keepdim=True)
+    target = row_norms.square().mean(dim=-2, keepdim=True).sqrt()
+    return matrices * (target / row_norms.clamp_min(1e-6))
+
+
+def restore_norm(updates: torch.Tensor) -> torch.Tensor:
+    """Give each (..., rows, columns) the Frobenius norm of a semi-orthogonal matrix, sqrt(min(rows, columns))."""
+    norms = updates.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-6)
+    return updates * (min(updates.shape[-2:]) ** 0.5 / norms)
 
 
 def normalize_updates(
