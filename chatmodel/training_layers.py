@@ -122,6 +122,40 @@ class RotaryNorm(torch.autograd.Function):
         return turned_back.to(output.dtype), None, None, None
 
 
+# A compiler is to leave these to autograd, and not to trace them itself: PyTorch 2.11's Dynamo loses gradients of
+# functions that keep their own output, silently (2.13's does not; `tests/test_training_layers.py` compares).
+@torch.compiler.allow_in_graph
+def relu_squared(states: torch.Tensor) -> torch.Tensor:
+    """`ReLUSquared`."""
+    return ReLUSquared.apply(states)  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.allow_in_graph
+def rms_norm(states: torch.Tensor, eps: float) -> torch.Tensor:
+    """`RMSNorm`."""
+    return RMSNorm.apply(states, eps)  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.allow_in_graph
+def input_norm(
+    hidden_states: torch.Tensor,
+    embeddings: torch.Tensor,
+    residual_scale: torch.Tensor,
+    embedding_scale: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`InputNorm`."""
+    return InputNorm.apply(  # type: ignore[no-untyped-call]
+        hidden_states, embeddings, residual_scale, embedding_scale, eps
+    )
+
+
+@torch.compiler.allow_in_graph
+def rotary_norm(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, eps: float) -> torch.Tensor:
+    """`RotaryNorm`."""
+    return RotaryNorm.apply(states, cos, signed_sin, eps)  # type: ignore[no-untyped-call]
+
+
 def _swap_halves(states: torch.Tensor) -> torch.Tensor:
     """The second half of the last dimension before the first; a flip compiles to a plain load, `cat` does not."""
     pairs = states.view(*states.shape[:-1], 2, -1)
@@ -133,7 +167,7 @@ class TrainingActivation(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Any shape."""
-        return ReLUSquared.apply(states)  # type: ignore[no-untyped-call]
+        return relu_squared(states)
 
 
 class TrainingNorm(nn.Module):
@@ -145,7 +179,7 @@ class TrainingNorm(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """The last dimension is normed."""
-        return RMSNorm.apply(states, self.eps)  # type: ignore[no-untyped-call]
+        return rms_norm(states, self.eps)
 
 
 class TrainingInputNorm(nn.Module):
@@ -165,9 +199,7 @@ class TrainingInputNorm(nn.Module):
         """As `GPTInputNorm`."""
         if hidden_states is embeddings:  # in the first layer; a compiler wants them told apart
             hidden_states = embeddings.view_as(embeddings)
-        return InputNorm.apply(  # type: ignore[no-untyped-call]
-            hidden_states, embeddings, residual_scale, embedding_scale, self.eps
-        )
+        return input_norm(hidden_states, embeddings, residual_scale, embedding_scale, self.eps)
 
 
 class TrainingRotaryNorm(nn.Module):
@@ -179,7 +211,7 @@ class TrainingRotaryNorm(nn.Module):
 
     def forward(self, states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
         """States (B, T, heads, head_dim), tables (B, T, 1, head_dim)."""
-        return RotaryNorm.apply(states, cos, signed_sin, self.eps)  # type: ignore[no-untyped-call]
+        return rotary_norm(states, cos, signed_sin, self.eps)
 
 
 class RotaryTable(nn.Module):
@@ -211,7 +243,7 @@ class TrainingLayers:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config, decoder = model.config, model.model
-        rotary_norm = TrainingRotaryNorm(config.rms_norm_eps)
+        turned = TrainingRotaryNorm(config.rms_norm_eps)
         table = RotaryTable(decoder.rotary_emb, config.max_position_embeddings)
         norm = TrainingNorm(config.rms_norm_eps)
         self.swaps: list[Swap] = [
@@ -220,7 +252,7 @@ class TrainingLayers:
             (decoder, "norm", norm),
         ]
         for layer in decoder.layers:
-            self.swaps.append((layer.self_attn, "rotary_norm", rotary_norm))
+            self.swaps.append((layer.self_attn, "rotary_norm", turned))
             input_norm = TrainingInputNorm(config.rms_norm_eps) if config.residual_scalars else norm
             self.swaps += [(layer, "input_layernorm", input_norm), (layer, "post_attention_layernorm", norm)]
             if config.hidden_act == "relu2":

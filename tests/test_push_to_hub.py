@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from chatmodel.checkpoint import save_model_folder
 from chatmodel.report.model_card import measured_shares, write_model_card
-from chatmodel.runs import Run
 from chatmodel.runtime import UserError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "push_to_hub.py"
@@ -134,7 +133,7 @@ def test_the_card_holds_the_numbers_of_the_run(run):
 
 def test_there_is_no_card_without_numbers(run):
     run.result_path("sft_eval").unlink()
-    with pytest.raises(UserError, match="sft_eval of .* is not finished; finish it with: python recipes/eval.py"):
+    with pytest.raises(UserError, match=r"sft_eval of .* is not finished; finish it with: python recipes/eval.py"):
         write_model_card(run, "sft", name="me/model")
 
 
@@ -160,7 +159,7 @@ def test_a_refusal_is_one_sentence(push_to_hub, hub, run, monkeypatch):
     hub(status=403)
     monkeypatch.setattr(push_to_hub, "HfApi", huggingface_hub.HfApi)
     start_script(monkeypatch, run.run_dir, "--repo", "me/model")
-    with pytest.raises(UserError, match="me/model could not be published .*Forbidden.*; log in with `hf auth login`"):
+    with pytest.raises(UserError, match=r"me/model could not be published .*Forbidden.*; log in with `hf auth login`"):
         push_to_hub.main()
 
 

@@ -83,7 +83,7 @@ def write_header(name: str, metrics: dict[str, Any]) -> str:
 
 
 def measured_shares(metrics: dict[str, Any]) -> list[tuple[str, float, int | None]]:
-    """(task, share right, number of examples if it is known) of every task that was run, of all benchmarks of an evaluation."""
+    """(task, share right, number of examples if it is known) of every task that was run, of all benchmarks."""
     tasks: dict[str, Any] = {}
     for benchmark in ("core", "chatcore"):
         tasks |= pick_named(metrics, benchmark, "tasks")
