@@ -124,19 +124,19 @@ class RotaryNorm(torch.autograd.Function):
 
 # A compiler is to leave these to autograd, and not to trace them itself: PyTorch 2.11's Dynamo loses gradients of
 # functions that keep their own output, silently (2.13's does not; `tests/test_training_layers.py` compares).
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def relu_squared(states: torch.Tensor) -> torch.Tensor:
     """`ReLUSquared`."""
     return ReLUSquared.apply(states)  # type: ignore[no-untyped-call]
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def rms_norm(states: torch.Tensor, eps: float) -> torch.Tensor:
     """`RMSNorm`."""
     return RMSNorm.apply(states, eps)  # type: ignore[no-untyped-call]
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def input_norm(
     hidden_states: torch.Tensor,
     embeddings: torch.Tensor,
@@ -150,7 +150,7 @@ def input_norm(
     )
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def rotary_norm(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, eps: float) -> torch.Tensor:
     """`RotaryNorm`."""
     return RotaryNorm.apply(states, cos, signed_sin, eps)  # type: ignore[no-untyped-call]
