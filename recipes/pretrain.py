@@ -130,14 +130,17 @@ def main() -> None:
     if stage is None:
         return
     accelerator = build_accelerator(args)
-    plan, setup, prediction = predict(args, asked, run, accelerator)
-    check_resources(plan, setup, prediction, run)
+    prediction = None
+    if accelerator.device.type == "cuda":
+        # On a CPU it takes steps of models like this one, too long for what nobody asked for; --dry_run does it.
+        plan, setup, prediction = predict(args, asked, run, accelerator)
+        check_resources(plan, setup, prediction, run)
     pretraining = Pretraining(args, run, accelerator)
     logger.info("%s", pretraining.plan.describe())
     if args.tracker:
         accelerator.init_trackers("chatmodel", config=stage.settings)
     pretraining.train()
-    pretraining.finish(stage, prediction=prediction.as_dict())
+    pretraining.finish(stage, prediction=None if prediction is None else prediction.as_dict())
     accelerator.end_training()
 
 

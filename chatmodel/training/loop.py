@@ -310,8 +310,8 @@ class Pretraining:
             f"in {self.checkpoints}: check the data, lower lr_fraction or set mixed_precision to 'no'"
         )
 
-    def finish(self, stage: Stage, *, prediction: dict[str, Any]) -> None:
-        """Write the model folder and the results, beside what was predicted; every rank calls it."""
+    def finish(self, stage: Stage, *, prediction: dict[str, Any] | None) -> None:
+        """Write the model folder and the results, beside what was predicted, if anything; every rank calls it."""
         samples = self.measurements.sample()
         with evaluating_whole(self.train_step) as model:
             if not self.ranks.is_main:

@@ -38,7 +38,7 @@ def write_results(
     tokenizer: Any,
     store: TokenStore,
     samples: list[dict[str, str]],
-    prediction: dict[str, Any],
+    prediction: dict[str, Any] | None,
 ) -> None:
     """Write the model folder and the stage's result; by the main process only."""
     speed = state.step * plan.total_batch_tokens / state.train_seconds
@@ -73,4 +73,6 @@ def write_results(
     ]
     save_model_folder(model, tokenizer, stage.folder, card=card)
     write_json(stage.folder / "plan.json", plan.as_dict())
-    stage.finish(metrics | {"prediction": prediction, "disk_bytes": measure_disk(stage.run)})
+    if prediction is not None:
+        metrics |= {"prediction": prediction, "disk_bytes": measure_disk(stage.run)}
+    stage.finish(metrics)
