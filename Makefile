@@ -1,4 +1,4 @@
-.PHONY: setup speedrun test check fix smoke gpu golden
+.PHONY: setup speedrun test check fix smoke long gpu golden
 PRESET ?= cpu
 ARGS ?=
 python := .venv/bin/python
@@ -18,6 +18,8 @@ fix: setup
 	$(python) -m ruff format .
 smoke: setup  ## the whole pipeline at its smallest, and the checkpoint without this package
 	$(python) -m pytest -m slow
+long: setup  ## what CI has no time for
+	$(python) -m pytest -m long
 gpu: setup  ## tests that need a CUDA device
 	$(python) -m pytest -m gpu
 golden: setup  ## rewrite tests/golden; read the diff before you commit it

@@ -17,7 +17,14 @@ from chatmodel.scaling import plan_run
 from chatmodel.tokenizer import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
-TINY = {"depth": 1, "head_dim": 32, "sequence_length": 32, "total_batch_tokens": 64, "device_batch_size": 2}
+TINY = {
+    "mixed_precision": "no",
+    "depth": 1,
+    "head_dim": 32,
+    "sequence_length": 32,
+    "total_batch_tokens": 64,
+    "device_batch_size": 2,
+}
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_give_what_one_gives(tmp_path):
     ids = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(1))
     models = {"extras": make_model(gated_mlp=True), "plain": make_model(**PLAIN)}
