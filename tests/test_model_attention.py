@@ -109,9 +109,9 @@ def test_only_the_logits_asked_for_are_made(model, kept):
     torch.testing.assert_close(found, every[:, kept] if isinstance(kept, torch.Tensor) else every[:, -kept:])
 
 
-def test_the_whole_model_is_one_graph(model):
+def test_the_whole_model_is_one_graph():
     """`backend="eager"` traces without the minute of code generation: a break in the graph would raise."""
-    ids = random_ids(2, 12)
+    model, ids = make_model(), random_ids(2, 12)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad(), torch.compiler.set_stance("default"):
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
