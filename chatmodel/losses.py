@@ -101,7 +101,7 @@ class LanguageModelLoss(nn.Module):
     Equal to the plain `GPTForCausalLM` loss (a test holds it to that), without its full logits.
     """
 
-    def __init__(self, model: Any, *, chunk_tokens: int = 8192) -> None:
+    def __init__(self, model: Any, *, chunk_tokens: int = 4096) -> None:
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens

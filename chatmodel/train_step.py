@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from chatmodel.attention import TRAINING_ATTENTION, AttentionShape, choose_attention, use_attention, works_here
+from chatmodel.fused_mlp import fused_mlp_pays
 from chatmodel.losses import LanguageModelLoss
 from chatmodel.model import GPTConfig, GPTForCausalLM
 from chatmodel.optim.groups import build_optimizer
@@ -79,7 +80,7 @@ class TrainStep:
         self._shapes, self._place = attention_shapes(model.config, device_batch_size), (device, dtype)
         self._use_attention(choose_attention(self._shapes, device, dtype, compiled=compiled))
         # In plain PyTorch the model's own parts are the faster ones.
-        self.layers = TrainingLayers(model) if compiled else None
+        self.layers = self._choose_layers(device_batch_size) if compiled else None
         self._prepare_training()
         self.loss_module = LanguageModelLoss(model)
         if compiled:
@@ -95,9 +96,28 @@ class TrainStep:
         """Add the gradient of one micro-batch of `input_ids` and `shift_labels` (B, T); returns its loss."""
         loss = self.loss_module(**batch)
         shares = self.accumulation * (1 if self.divided else self.accelerator.num_processes)
-        (loss / shares).backward()
+        with self._adding_gradients():
+            (loss / shares).backward()
         self._losses.append(loss.detach())
         return self._losses[-1]
+
+    @contextmanager
+    def _adding_gradients(self) -> Iterator[None]:
+        """Add what is found inside to the gradients so far, in fp32, without the copy in fp32 autograd would make."""
+        if self.divided:
+            yield
+            return
+        parameters = list(self.model.parameters())
+        totals = [parameter.grad for parameter in parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        yield
+        for parameter, total in zip(parameters, totals, strict=True):
+            if parameter.grad is None:
+                parameter.grad = total
+            elif total is None:
+                parameter.grad = parameter.grad.float()
+            else:
+                parameter.grad = total.add_(parameter.grad)
 
     def finish(self, step: int) -> StepResult:
         """Update the weights with what was accumulated, unless it is not finite; `step` counts from 0."""
@@ -169,6 +189,20 @@ class TrainStep:
         self.model.set_attn_implementation(TRAINING_ATTENTION)
         self.model.train()
 
+    def _choose_layers(self, device_batch_size: int) -> TrainingLayers:
+        config, (device, dtype) = self.model.config, self._place
+        if self.divided or config.hidden_act != "relu2" or config.gated_mlp:
+            return TrainingLayers(self.model, merge_projections=not self.divided)
+        assert config.intermediate_size is not None
+        pays = fused_mlp_pays(
+            rows=device_batch_size * config.max_position_embeddings,
+            width=config.hidden_size,
+            inner=config.intermediate_size,
+            device=device,
+            dtype=dtype,
+        )
+        return TrainingLayers(self.model, fuse_mlp=pays)
+
     def _use_attention(self, chosen: dict[int | None, str]) -> None:
         self.attention = chosen
         use_attention(chosen, length=self.model.config.max_position_embeddings, device=self.accelerator.device)
@@ -192,10 +226,10 @@ class TrainStep:
 
 
 def keep_masters_in_optimizer(model: GPTForCausalLM, dtype: torch.dtype) -> None:
-    """Round the weights to `dtype`, and let their gradients add up in fp32. Buffers (rotary tables) stay fp32."""
+    """Round the weights to `dtype`, and let their gradients have another one. Buffers (rotary tables) stay fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-        parameter.grad_dtype = torch.float32
+        parameter.grad_dtype = None
 
 
 def attention_shapes(config: GPTConfig, device_batch_size: int) -> list[AttentionShape]:

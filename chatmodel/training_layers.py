@@ -6,8 +6,12 @@ They compute what the parts they stand for compute; only what is kept for the ba
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from chatmodel.fused_mlp import fused_mlp
 
 Swap = tuple[nn.Module, str, nn.Module]  # the module that owns a part, the part's name, what takes its place
 
@@ -122,6 +126,29 @@ class RotaryNorm(torch.autograd.Function):
         return turned_back.to(output.dtype), None, None, None
 
 
+class GatedValue(torch.autograd.Function):
+    """`value + gate * table[ids]`, keeping no rows of the table: a second look costs what reading them would."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: torch.Tensor, gate: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Value (B, T, heads, head_dim), gate (B, T, heads), table (V, heads * head_dim), ids (B, T)."""
+        ctx.save_for_backward(gate, table, ids)
+        return value + gate.unsqueeze(-1) * F.embedding(ids, table).view(value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        """The gradients for value, gate and table."""
+        gate, table, ids = ctx.saved_tensors
+        # Another operation than in the forward pass, as a compiler keeps the result of one that comes twice.
+        rows = table.index_select(0, ids.flatten()).view(gradient.shape)
+        for_gate = (gradient.float() * rows.float()).sum(dim=-1).to(gate.dtype)
+        for_rows = (gradient * gate.unsqueeze(-1)).flatten(2)
+        for_table = torch.ops.aten.embedding_dense_backward(for_rows, ids, table.shape[0], -1, False)
+        return gradient, for_gate, for_table, None
+
+
 # A compiler is to leave these to autograd, and not to trace them itself: PyTorch 2.11's Dynamo loses gradients of
 # functions that keep their own output, silently (2.13's does not; `tests/test_training_layers.py` compares).
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -156,6 +183,12 @@ def rotary_norm(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tenso
     return RotaryNorm.apply(states, cos, signed_sin, eps)  # type: ignore[no-untyped-call]
 
 
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def gated_value(value: torch.Tensor, gate: torch.Tensor, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`GatedValue`."""
+    return GatedValue.apply(value, gate, table, ids)  # type: ignore[no-untyped-call]
+
+
 def _swap_halves(states: torch.Tensor) -> torch.Tensor:
     """The second half of the last dimension before the first; a flip compiles to a plain load, `cat` does not."""
     pairs = states.view(*states.shape[:-1], 2, -1)
@@ -168,6 +201,18 @@ class TrainingActivation(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Any shape."""
         return relu_squared(states)
+
+
+class TrainingMLP(nn.Module):
+    """`FusedMLP` with the weights of the MLP whose place it takes."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = mlp.up_proj, mlp.down_proj  # the parameters keep their names
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, T, hidden_size) to the same shape."""
+        return fused_mlp(states, self.up_proj.weight, self.down_proj.weight)
 
 
 class TrainingNorm(nn.Module):
@@ -214,6 +259,54 @@ class TrainingRotaryNorm(nn.Module):
         return rotary_norm(states, cos, signed_sin, self.eps)
 
 
+class TrainingSelfAttention(nn.Module):
+    """Attention of whole rows without padding or cache, its three projections as one matrix product."""
+
+    def __init__(self, attention: Any, eps: float) -> None:
+        super().__init__()
+        # The parameters keep their names.
+        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        self.o_proj, self.value_embed = attention.o_proj, attention.value_embed
+        if self.value_embed is not None:
+            self.value_gate, self.value_gate_channels = attention.value_gate, attention.value_gate_channels
+        self.config, self.head_dim, self.scaling = attention.config, attention.head_dim, attention.scaling
+        self.sliding_window, self.is_causal = attention.sliding_window, True
+        self.num_key_value_groups = attention.num_key_value_groups  # what some attention functions ask for
+        self.eps = eps
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        input_ids: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """As `GPTAttention`: hidden_states (B, T, hidden_size), input_ids (B, T), tables of `RotaryTable`."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        weights = [projection.weight for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        states = F.linear(hidden_states, torch.cat(weights))
+        query, key, value = (part.view(shape) for part in torch.split(states, [w.shape[0] for w in weights], dim=-1))
+        if self.value_embed is None:
+            value = value.contiguous()  # else the backward pass would keep all three for the sake of one
+        else:
+            gate = 3 * torch.sigmoid(self.value_gate(hidden_states[..., : self.value_gate_channels]))
+            value = gated_value(value, gate, self.value_embed.weight, input_ids)
+        cos, signed_sin = (table.unsqueeze(2) for table in position_embeddings)
+        query, key = (rotary_norm(part, cos, signed_sin, self.eps) for part in (query, key))
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, _ = attend(
+            self,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attention_mask,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+        )
+        return self.o_proj(output.reshape((*hidden_states.shape[:-1], -1))), None
+
+
 class RotaryTable(nn.Module):
     """The model's cosines and sines up to its context, made once: a compiler would make them anew in every layer.
 
@@ -241,7 +334,7 @@ class RotaryTable(nn.Module):
 class TrainingLayers:
     """The parts of a model that training exchanges; `install` puts them in, `remove` puts the model's own back."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, merge_projections: bool = True, fuse_mlp: bool = False) -> None:
         config, decoder = model.config, model.model
         turned = TrainingRotaryNorm(config.rms_norm_eps)
         table = RotaryTable(decoder.rotary_emb, config.max_position_embeddings)
@@ -252,10 +345,15 @@ class TrainingLayers:
             (decoder, "norm", norm),
         ]
         for layer in decoder.layers:
-            self.swaps.append((layer.self_attn, "rotary_norm", turned))
+            if merge_projections:
+                self.swaps.append((layer, "self_attn", TrainingSelfAttention(layer.self_attn, config.rms_norm_eps)))
+            else:
+                self.swaps.append((layer.self_attn, "rotary_norm", turned))
             input_norm = TrainingInputNorm(config.rms_norm_eps) if config.residual_scalars else norm
             self.swaps += [(layer, "input_layernorm", input_norm), (layer, "post_attention_layernorm", norm)]
-            if config.hidden_act == "relu2":
+            if fuse_mlp:
+                self.swaps.append((layer, "mlp", TrainingMLP(layer.mlp)))
+            elif config.hidden_act == "relu2":
                 self.swaps.append((layer.mlp, "act_fn", TrainingActivation()))
         self.own_parts: list[Swap] = [(owner, name, getattr(owner, name)) for owner, name, _ in self.swaps]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "chatmodel"
 LAYERS = [  # lowest first
-    {"model", "runtime", "execution", "flash_attention_4", "vllm_plugin"},
-    {"runs", "scaling", "tokenizer", "devices", "attention", "cross_entropy_kernel", "training_layers"},
-    {"data", "optim", "tokenizer_comparison", "losses"},
-    {"conversations", "checkpoint", "train_step"},
+    {"model", "runtime", "execution", "flash_attention_4", "relu_squared_kernel", "vllm_plugin"},
+    {"runs", "scaling", "tokenizer", "devices", "attention", "cross_entropy_kernel", "fused_mlp"},
+    {"data", "optim", "tokenizer_comparison", "losses", "training_layers"},
+    {"conversations", "checkpoint", "train_step", "decoding"},
     {"estimate", "probes", "generation", "rewards", "posttraining", "export"},
-    {"evaluation", "problems"},
+    {"evaluation", "problems", "chat"},
     {"training"},
     {"report"},
 ]

@@ -1,0 +1,113 @@
+"""The MLP of training with ReLU^2 inside its matrix products: what it computes, and whether it pays on this device."""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from chatmodel.runtime import logger
+
+TOLERANCE = 0.02  # relative error in bf16 that rounding explains
+
+
+class FusedMLP(torch.autograd.Function):
+    """`relu(states @ up.T)^2 @ down.T`, with ReLU^2 and its slope in the products' own kernels.
+
+    It keeps what the products keep anyway: the states and the output of ReLU^2, whose root is half the slope.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """States (B, T, D), up (M, D), down (D, M), contiguous and of one dtype."""
+        rows = states.flatten(0, 1)
+        squared = torch.ops.chatmodel.multiply_relu_squared(rows, up)
+        ctx.save_for_backward(rows, up, down, squared)
+        return (squared @ down.T).view(states.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradients for states, up and down."""
+        rows, up, down, squared = ctx.saved_tensors
+        gradient_rows = gradient.reshape(rows.shape)
+        inner = torch.ops.chatmodel.multiply_slope(gradient_rows, down, squared)
+        return (inner @ up).view(gradient.shape), inner.T @ rows, gradient_rows.T @ squared
+
+
+# Left to autograd by the compiler, as everything in `chatmodel.training_layers` is, and for the same reason.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def fused_mlp(states: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """`FusedMLP`."""
+    return FusedMLP.apply(states, up, down)  # type: ignore[no-untyped-call]
+
+
+def plain_mlp(states: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """The same in plain PyTorch."""
+    return (states @ up.T).relu().square() @ down.T
+
+
+def fused_mlp_pays(*, rows: int, width: int, inner: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `fused_mlp` is right and faster than the compiled `plain_mlp` here, by trying both once.
+
+    Args:
+        rows: tokens of a micro-batch. width, inner: hidden and intermediate size.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        # Registers the operations; Triton comes with PyTorch's CUDA builds only.
+        import chatmodel.relu_squared_kernel  # noqa: F401
+
+        error = _measure_error(width, inner, device)
+        if not error <= TOLERANCE:
+            logger.info("MLP: the fused products are wrong here (relative error %.3g), so plain ones are used", error)
+            return False
+        fused = _measure_milliseconds(fused_mlp, rows, width, inner, device)
+    except Exception as failure:  # a kernel may fail in any way on a device its authors never saw
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
+        logger.info("MLP: plain matrix products, as the fused ones fail here: %s", reason)
+        return False
+    plain = _measure_milliseconds(_plain_as_trained(), rows, width, inner, device)
+    logger.info("MLP: %s (fused %.2f ms, plain %.2f ms)", "fused" if fused < plain else "plain", fused, plain)
+    return fused < plain
+
+
+def _plain_as_trained() -> Callable[..., torch.Tensor]:
+    return torch.compile(plain_mlp, dynamic=False)
+
+
+def _random_parts(rows: int, width: int, inner: int, device: torch.device) -> list[torch.Tensor]:
+    """States, up, down and a gradient, of the sizes of training."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((1, rows, width), (inner, width), (width, inner), (1, rows, width))
+    parts = [torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for shape in shapes]
+    return [parts[0], parts[1] * width**-0.5, parts[2] * inner**-0.5, parts[3]]
+
+
+def _measure_error(width: int, inner: int, device: torch.device) -> float:
+    """Greatest relative error of the output and of each gradient against fp32, on a few tiles of rows."""
+    *parts, gradient = _random_parts(1000, width, inner, device)
+    results = []
+    for function, dtype in ((fused_mlp, torch.bfloat16), (plain_mlp, torch.float32)):
+        leaves = [part.to(dtype).detach().requires_grad_() for part in parts]
+        output = function(*leaves)
+        results.append([output.detach(), *torch.autograd.grad(output, leaves, gradient.to(dtype))])
+    pairs = zip(*results, strict=True)
+    return max(float((got.float() - true).norm() / true.norm()) for got, true in pairs)
+
+
+def _measure_milliseconds(
+    function: Callable[..., torch.Tensor], rows: int, width: int, inner: int, device: torch.device, repeats: int = 7
+) -> float:
+    """Median of forward and backward."""
+    *parts, gradient = _random_parts(rows, width, inner, device)
+    leaves = [part.requires_grad_() for part in parts]
+    times = []
+    for _ in range(repeats + 2):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        torch.autograd.grad(function(*leaves), leaves, gradient)
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return 1000 * sorted(times[2:])[repeats // 2]
