@@ -9,6 +9,9 @@ import pytest
 import torch
 from conftest import make_model
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from chatmodel import GPTConfig, GPTForCausalLM, GPTModel
 
@@ -133,3 +136,26 @@ def test_a_stage_alone(stage):
         torch.testing.assert_close(part(ids).last_hidden_state, states[2])
     else:
         torch.testing.assert_close(part(inputs_embeds=states[2]).last_hidden_state, states[-1])
+
+
+def test_a_rank_takes_its_heads_where_the_gate_is_quantized():
+    """As after loading with torchao by a plan: the gate's weight has left the mesh, the table's is in it."""
+
+    class Table(nn.Module):
+        def __init__(self, whole: torch.Tensor, mesh: DeviceMesh) -> None:
+            super().__init__()
+            self.whole = whole
+            self.weight = nn.Parameter(DTensor.from_local(whole[:, : whole.shape[1] // 2], mesh, [Shard(1)]))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.whole[ids]
+
+    attention = make_model().model.layers[-1].self_attn
+    whole, ids = attention.value_embed.weight.detach(), torch.tensor([[3, 1, 4]])
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        attention.value_embed = Table(whole, init_device_mesh("cpu", (2,)))
+        found = attention._look_values_up(ids, None, num_heads=1)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(found, whole[ids].view(1, 3, 2, 16)[:, :, 1:])

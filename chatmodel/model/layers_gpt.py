@@ -222,9 +222,11 @@ class GPTAttention(nn.Module):
         if values.shape[2] == num_heads:
             return values
         # Tensor parallelism divides the heads of a projection, but gives every rank whole rows of a table. The rank is
-        # asked of the gate because vLLM makes one layer of the three projections.
-        weight = self.value_gate.weight
-        rank: Any = weight.device_mesh.get_local_rank() if isinstance(weight, DTensor) else self.value_gate.tp_rank
+        # asked of the gate because vLLM makes one layer of the three projections, else of the table, as quantization
+        # takes the gate's place in the mesh away.
+        weights = (self.value_gate.weight, self.value_embed.weight)
+        divided = [weight for weight in weights if isinstance(weight, DTensor)]
+        rank: Any = divided[0].device_mesh.get_local_rank() if divided else self.value_gate.tp_rank
         return values[:, :, rank * num_heads : (rank + 1) * num_heads]
 
 
