@@ -8,7 +8,9 @@ from chatmodel.model import GPTConfig
 from chatmodel.runtime import UserError
 
 REFERENCE_TOKENS = 1.32e9  # the horizon at depth 12 that rates and decay were tuned at (karpathy/nanochat@92d63d4)
-REFERENCE_BATCH_TOKENS = 2**19
+REFERENCE_BATCH_TOKENS = 2**19  # what its rates were tuned with
+BEST_BATCH_TOKENS = 2**17  # at that horizon; measured at depths 6 and 8 (docs/experiments.md)
+RATE_EXPONENT = 0.3  # of the batch; the root lowers the rates of small batches too far (docs/experiments.md)
 REFERENCE_WIDTH = 768
 MAX_WEIGHT_DECAY = 0.6
 RECIPES = ("chatmodel", "seed", "compat")
@@ -123,7 +125,8 @@ def plan_run(
         UserError: a value that no run can have.
 
     Source: karpathy/nanochat@c75fe54 scripts/base_train.py for "seed"; for "chatmodel" the formulas of 92d63d4 with
-    the batch, rates and decay taken at the tokens that will really be trained on.
+    the batch, rates and decay taken at the tokens that will really be trained on, a batch four times smaller, and rates
+    that fall more slowly with it.
     """
     numbers = {
         "depth": depth,
@@ -262,7 +265,7 @@ def _model_settings(
 
 def _best_batch(tokens: int, sequence_length: int) -> int:
     """Tokens a step, growing with the horizon as tokens^0.383 (arXiv 2505.13738), a power of two of rows."""
-    ideal = REFERENCE_BATCH_TOKENS * (tokens / REFERENCE_TOKENS) ** 0.383
+    ideal = BEST_BATCH_TOKENS * (tokens / REFERENCE_TOKENS) ** 0.383
     return int(sequence_length * 2 ** max(0, round(math.log2(ideal / sequence_length))))
 
 
@@ -286,10 +289,9 @@ def _chatmodel_groups(width: int, batch: int, tokens: int) -> tuple[dict[str, fl
         "embedding_scale": 0.5,
         "backout": 0.2,
     }
-    # Adam-like noise: rates go with the root of the batch; the vocabulary's tables with the root of the width too.
-    by_batch = (batch / REFERENCE_BATCH_TOKENS) ** 0.5
-    by_width = (width / REFERENCE_WIDTH) ** -0.5
-    decay = min(MAX_WEIGHT_DECAY, 0.28 * by_batch * REFERENCE_TOKENS / tokens)
+    by_batch = (batch / REFERENCE_BATCH_TOKENS) ** RATE_EXPONENT
+    by_width = (width / REFERENCE_WIDTH) ** -0.5  # the vocabulary's tables
+    decay = min(MAX_WEIGHT_DECAY, 0.28 * (batch / REFERENCE_BATCH_TOKENS) ** 0.5 * REFERENCE_TOKENS / tokens)
     return base, {
         "matrix": GroupPlan(base["matrix"] * by_batch, weight_decay=decay),
         "embedding": GroupPlan(base["embedding"] * by_batch * by_width, (0.8, 0.995), 0.001),

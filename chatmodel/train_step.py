@@ -192,7 +192,7 @@ class TrainStep:
     def _choose_layers(self, device_batch_size: int) -> TrainingLayers:
         config, (device, dtype) = self.model.config, self._place
         if self.divided or config.hidden_act != "relu2" or config.gated_mlp:
-            return TrainingLayers(self.model, merge_projections=not self.divided)
+            return TrainingLayers(self.model)
         assert config.intermediate_size is not None
         pays = fused_mlp_pays(
             rows=device_batch_size * config.max_position_embeddings,

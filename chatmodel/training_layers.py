@@ -247,20 +247,11 @@ class TrainingInputNorm(nn.Module):
         return input_norm(hidden_states, embeddings, residual_scale, embedding_scale, self.eps)
 
 
-class TrainingRotaryNorm(nn.Module):
-    """`RotaryNorm` in the place of attention's norm and turn."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-        """States (B, T, heads, head_dim), tables (B, T, 1, head_dim)."""
-        return rotary_norm(states, cos, signed_sin, self.eps)
-
-
 class TrainingSelfAttention(nn.Module):
-    """Attention of whole rows without padding or cache, its three projections as one matrix product."""
+    """Attention of whole rows without padding or cache, whose value embeddings are looked up twice and not kept.
+
+    One matrix product for all three projections was slower on an H200: the gradients have to be put together for it.
+    """
 
     def __init__(self, attention: Any, eps: float) -> None:
         super().__init__()
@@ -284,12 +275,9 @@ class TrainingSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """As `GPTAttention`: hidden_states (B, T, hidden_size), input_ids (B, T), tables of `RotaryTable`."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        weights = [projection.weight for projection in (self.q_proj, self.k_proj, self.v_proj)]
-        states = F.linear(hidden_states, torch.cat(weights))
-        query, key, value = (part.view(shape) for part in torch.split(states, [w.shape[0] for w in weights], dim=-1))
-        if self.value_embed is None:
-            value = value.contiguous()  # else the backward pass would keep all three for the sake of one
-        else:
+        parts = [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        query, key, value = (part.view(shape) for part in parts)
+        if self.value_embed is not None:
             gate = 3 * torch.sigmoid(self.value_gate(hidden_states[..., : self.value_gate_channels]))
             value = gated_value(value, gate, self.value_embed.weight, input_ids)
         cos, signed_sin = (table.unsqueeze(2) for table in position_embeddings)
@@ -334,9 +322,8 @@ class RotaryTable(nn.Module):
 class TrainingLayers:
     """The parts of a model that training exchanges; `install` puts them in, `remove` puts the model's own back."""
 
-    def __init__(self, model: PreTrainedModel, *, merge_projections: bool = True, fuse_mlp: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, *, fuse_mlp: bool = False) -> None:
         config, decoder = model.config, model.model
-        turned = TrainingRotaryNorm(config.rms_norm_eps)
         table = RotaryTable(decoder.rotary_emb, config.max_position_embeddings)
         norm = TrainingNorm(config.rms_norm_eps)
         self.swaps: list[Swap] = [
@@ -345,10 +332,7 @@ class TrainingLayers:
             (decoder, "norm", norm),
         ]
         for layer in decoder.layers:
-            if merge_projections:
-                self.swaps.append((layer, "self_attn", TrainingSelfAttention(layer.self_attn, config.rms_norm_eps)))
-            else:
-                self.swaps.append((layer.self_attn, "rotary_norm", turned))
+            self.swaps.append((layer, "self_attn", TrainingSelfAttention(layer.self_attn, config.rms_norm_eps)))
             input_norm = TrainingInputNorm(config.rms_norm_eps) if config.residual_scalars else norm
             self.swaps += [(layer, "input_layernorm", input_norm), (layer, "post_attention_layernorm", norm)]
             if fuse_mlp:

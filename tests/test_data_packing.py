@@ -6,15 +6,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from chatmodel.data.packing import BestFitPlan, ContiguousPlan
+from chatmodel.data.packing import BestFitPlan, ContiguousPlan, cut_documents
 
 
 def make_offsets(lengths: list[int]) -> np.ndarray:
     return np.cumsum([0, *lengths])
 
 
-def best_fit(lengths: list[int], row_tokens: int, *, buffer: int = 100, epochs: int | None = 1, seed: int = 0):
-    return BestFitPlan(make_offsets(lengths), row_tokens, epochs=epochs, seed=seed, buffer_documents=buffer)
+def best_fit(
+    lengths: list[int], row_tokens: int, *, buffer: int = 100, epochs: int | None = 1, seed: int = 0, whole=False
+):
+    offsets = make_offsets(lengths)
+    return BestFitPlan(offsets, row_tokens, epochs=epochs, seed=seed, buffer_documents=buffer, keep_rests=whole)
 
 
 def take_rows(plan, number: int) -> list:
@@ -124,6 +127,34 @@ def test_best_fit_buffers_no_more_than_there_is():
     plan = best_fit([5, 6, 7], 8, epochs=None, buffer=1_000)
     plan.next_row()
     assert len(plan.state_dict()["buffer"]) <= 3
+
+
+def test_documents_are_cut_by_hand():
+    # Documents of 3, 10, 4 and 5 tokens, rows of 4.
+    starts, stops = cut_documents(make_offsets([3, 10, 4, 5]), 4)
+    assert starts.tolist() == [0, 3, 7, 11, 13, 17, 21]
+    assert stops.tolist() == [3, 7, 11, 13, 17, 21, 22]
+
+
+def test_best_fit_with_rests_by_hand():
+    # 9 leaves 1, where nothing fits: 6 is cropped to 1, its rest of 5 goes back. Row 2: 8, then 5 is cropped to 2, and
+    # the last 3 fill no row.
+    rows = take_all(best_fit([9, 6, 8], 10, whole=True))
+    assert rows == [[(0, 9), (9, 10)], [(15, 23), (10, 12)]]
+    # Longer than a row: 25 and 30 become rows of 10, and the rest of 5.
+    rows = take_all(best_fit([25, 30], 10, whole=True))
+    assert sorted(rows) == [[(0, 10)], [(10, 20)], [(25, 35)], [(35, 45)], [(45, 55)]]
+
+
+def test_best_fit_with_rests_loses_nothing():
+    """Every token is in a row once an epoch, but for less than a row at the very end, however long the documents."""
+    lengths = np.random.default_rng(4).integers(1, 200, size=400).tolist()
+    rows = take_all(best_fit(lengths, 64, buffer=20, whole=True))
+    seen = Counter(position for row in rows for start, stop in row for position in range(start, stop))
+    assert max(seen.values()) == 1
+    assert sum(lengths) - len(seen) < 64
+    cropped = take_all(best_fit(lengths, 64, buffer=20))
+    assert sum(map(sum, row_lengths(cropped))) < 0.7 * sum(lengths)
 
 
 def test_contiguous_by_hand():

@@ -134,7 +134,7 @@ def test_state_is_a_copy_and_small(make_store):
     before = json.dumps(state)
     next(iterator)
     assert json.dumps(state) == before
-    assert len(before) < 10_000
+    assert len(before) < 20_000  # a thousand spans
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -224,7 +224,7 @@ def test_refusals(store, make_store):
     PackedRows(make_store([17]), sequence_length=16)
     with pytest.raises(UserError, match="sequence_length is 0"):
         PackedRows(store, sequence_length=0)
-    with pytest.raises(UserError, match="packing 'tight' is unknown; choose best_fit or contiguous"):
+    with pytest.raises(UserError, match="packing 'tight' is unknown; choose best_fit, best_fit_whole or contiguous"):
         PackedRows(store, sequence_length=16, packing="tight")
     rows = PackedRows(store, sequence_length=16)
     for name, value in (("packing", "contiguous"), ("sequence_length", 32)):

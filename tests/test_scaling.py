@@ -34,9 +34,9 @@ def test_horizon_grows_with_depth(depth, billions):
 
 
 def test_depth_12_is_the_reference_point():
-    """At its own horizon every factor is 1: batch 2^19, rates as tuned, decay 0.28."""
-    plan = plan_run(12, vocab_size=32_768)
-    assert plan.total_batch_tokens == 2**19
+    """With the batch its rates were tuned with every factor is 1: rates as tuned, decay 0.28."""
+    assert plan_run(12, vocab_size=32_768).total_batch_tokens == 2**17
+    plan = plan_run(12, vocab_size=32_768, total_batch_tokens=2**19)
     assert plan.groups["matrix"].lr == pytest.approx(0.02)
     assert plan.groups["embedding"].lr == pytest.approx(0.3)
     assert plan.groups["matrix"].weight_decay == pytest.approx(0.28, rel=2e-3)
@@ -44,8 +44,8 @@ def test_depth_12_is_the_reference_point():
 
 def test_a_shorter_horizon_takes_a_smaller_batch():
     plan = plan_run(12, vocab_size=32_768, train_tokens=100_000_000)
-    assert plan.total_batch_tokens == 2**18  # 2^19 * (0.1 / 1.32)^0.383 = 2^17.57
-    assert plan.groups["matrix"].lr == pytest.approx(0.02 / 2**0.5)
+    assert plan.total_batch_tokens == 2**16  # 2^17 * (0.1 / 1.32)^0.383 = 2^15.57
+    assert plan.groups["matrix"].lr == pytest.approx(0.02 / 8**0.3)
 
 
 @pytest.mark.parametrize("recipe", ["chatmodel", "seed"])

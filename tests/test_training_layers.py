@@ -5,7 +5,7 @@ import torch
 from conftest import make_model
 
 from chatmodel.model.layers_gpt import GPTRotaryNorm
-from chatmodel.training_layers import ReLUSquared, RotaryTable, TrainingLayers, TrainingRotaryNorm
+from chatmodel.training_layers import ReLUSquared, RotaryTable, TrainingLayers, rotary_norm
 
 
 def test_relu_squared():
@@ -25,7 +25,7 @@ def test_rotary_norm_is_the_models(monkeypatch):
     own, ours = states.clone().requires_grad_(), states.clone().requires_grad_()
     expected = GPTRotaryNorm(1e-6)(own, *(table.unsqueeze(2) for table in rotary(states, positions)))
     table = RotaryTable(rotary, 16)
-    output = TrainingRotaryNorm(1e-6)(ours, *(rows.unsqueeze(2) for rows in table(states, positions)))
+    output = rotary_norm(ours, *(rows.unsqueeze(2) for rows in table(states, positions)), 1e-6)
     torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
     expected.backward(gradient)
     output.backward(gradient)

@@ -251,7 +251,7 @@ def test_the_batch_size_found_is_kept(run, text, unbroken, monkeypatch):
     assert found.state.device_batch_size == max(list_candidates(found.plan, 1)) == 2
     assert found.train_step.accumulation == 1
     for one, other in zip(found.state.history, unbroken.state.history, strict=False):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     monkeypatch.setattr("chatmodel.training.loop.choose_device_batch_size", None)
     resumed = build(run, text, auto_batch=True, max_steps=3)
     resumed.train()

@@ -12,7 +12,7 @@ from chatmodel.data.store import TokenStore
 from chatmodel.runtime import UserError
 
 IGNORED = -100  # a label that is not scored
-PACKINGS = ("best_fit", "contiguous")
+PACKINGS = ("best_fit", "best_fit_whole", "contiguous")
 BUFFER_DOCUMENTS = 1_000  # Source: karpathy/nanochat nanochat/dataloader.py@92d63d4
 
 Row = dict[str, torch.Tensor]
@@ -26,7 +26,7 @@ class PackedRows(IterableDataset[Row]):
     on all ranks, and good for another number of ranks. Iterating continues where the rows stand, it never starts anew.
 
     Args:
-        packing: "contiguous" (`ContiguousPlan`) or "best_fit" (`BestFitPlan`).
+        packing: "contiguous" (`ContiguousPlan`), "best_fit" or, with rests kept, "best_fit_whole" (`BestFitPlan`).
         epochs: passes over the documents, None for no end; every rank gives equally many rows.
 
     Raises:
@@ -47,7 +47,7 @@ class PackedRows(IterableDataset[Row]):
     ) -> None:
         check_rows_fit(store, sequence_length)
         if packing not in PACKINGS:
-            raise UserError(f"packing '{packing}' is unknown; choose {' or '.join(PACKINGS)}")
+            raise UserError(f"packing '{packing}' is unknown; choose {', '.join(PACKINGS[:-1])} or {PACKINGS[-1]}")
         assert 0 <= rank < world_size, (rank, world_size)
         self.store = store
         self.sequence_length = sequence_length
@@ -58,7 +58,14 @@ class PackedRows(IterableDataset[Row]):
         self.plan: RowPlan = (
             ContiguousPlan(store.num_tokens, row_tokens, epochs=epochs, seed=seed)
             if packing == "contiguous"
-            else BestFitPlan(store.offsets, row_tokens, epochs=epochs, seed=seed, buffer_documents=buffer_documents)
+            else BestFitPlan(
+                store.offsets,
+                row_tokens,
+                epochs=epochs,
+                seed=seed,
+                buffer_documents=buffer_documents,
+                keep_rests=packing == "best_fit_whole",
+            )
         )
 
     @property

@@ -41,7 +41,10 @@ class PretrainArguments:
         default=False, metadata={"help": "Find the most rows a device can hold at once, by trying; same total batch."}
     )
     lr_fraction: float = field(default=1.0, metadata={"help": "Factor on every planned learning rate."})
-    packing: str = field(default="best_fit", metadata={"help": "'best_fit' or 'contiguous' rows."})
+    packing: str = field(
+        default="best_fit",
+        metadata={"help": "Rows: best_fit (documents cropped), best_fit_whole (nothing lost) or contiguous."},
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the weights and of the order of documents."})
     mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile; by default on CUDA only."})
