@@ -125,8 +125,8 @@ def plan_run(
         UserError: a value that no run can have.
 
     Source: karpathy/nanochat@c75fe54 scripts/base_train.py for "seed"; for "chatmodel" the formulas of 92d63d4 with
-    the batch, rates and decay taken at the tokens that will really be trained on, a batch four times smaller, and rates
-    that fall more slowly with it.
+    the batch, rates and decay taken at the tokens that will really be trained on, a batch four times smaller, and
+    rates that fall more slowly with it.
     """
     numbers = {
         "depth": depth,

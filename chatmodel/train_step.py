@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from chatmodel.attention import TRAINING_ATTENTION, AttentionShape, choose_attention, use_attention, works_here
+from chatmodel.fp8 import build_fp8_converter, check_fp8
 from chatmodel.fused_mlp import fused_mlp_pays
 from chatmodel.losses import LanguageModelLoss
 from chatmodel.model import GPTConfig, GPTForCausalLM
@@ -55,6 +56,7 @@ class TrainStep:
         device_batch_size: int,
         lr_fraction: float = 1.0,
         compile: bool | None = None,
+        fp8: bool = False,
     ) -> None:
         self.model, self.plan, self.accelerator = model, plan, accelerator
         self.accumulation = plan.accumulation_steps(device_batch_size, accelerator.num_processes)
@@ -77,10 +79,12 @@ class TrainStep:
             ownership=ownership,
         )
         compiled = device.type == "cuda" if compile is None else compile
+        if fp8:
+            check_fp8(device, compiled=compiled, divided=self.divided)
         self._shapes, self._place = attention_shapes(model.config, device_batch_size), (device, dtype)
         self._use_attention(choose_attention(self._shapes, device, dtype, compiled=compiled))
         # In plain PyTorch the model's own parts are the faster ones.
-        self.layers = self._choose_layers(device_batch_size) if compiled else None
+        self.layers = self._choose_layers(device_batch_size, fp8=fp8) if compiled else None
         self._prepare_training()
         self.loss_module = LanguageModelLoss(model)
         if compiled:
@@ -189,8 +193,10 @@ class TrainStep:
         self.model.set_attn_implementation(TRAINING_ATTENTION)
         self.model.train()
 
-    def _choose_layers(self, device_batch_size: int) -> TrainingLayers:
+    def _choose_layers(self, device_batch_size: int, *, fp8: bool) -> TrainingLayers:
         config, (device, dtype) = self.model.config, self._place
+        if fp8:
+            return TrainingLayers(self.model, convert=build_fp8_converter())
         if self.divided or config.hidden_act != "relu2" or config.gated_mlp:
             return TrainingLayers(self.model)
         assert config.intermediate_size is not None

@@ -3,6 +3,7 @@
 They compute what the parts they stand for compute; only what is kept for the backward pass differs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chatmodel.fused_mlp import fused_mlp
 
+ConvertLinear = Callable[[nn.Linear], nn.Linear]
 Swap = tuple[nn.Module, str, nn.Module]  # the module that owns a part, the part's name, what takes its place
 
 
@@ -253,11 +255,14 @@ class TrainingSelfAttention(nn.Module):
     One matrix product for all three projections was slower on an H200: the gradients have to be put together for it.
     """
 
-    def __init__(self, attention: Any, eps: float) -> None:
+    def __init__(self, attention: Any, eps: float, convert: ConvertLinear | None = None) -> None:
         super().__init__()
         # The parameters keep their names.
-        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
-        self.o_proj, self.value_embed = attention.o_proj, attention.value_embed
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        if convert is not None:
+            projections = [convert(projection) for projection in projections]
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections
+        self.value_embed = attention.value_embed
         if self.value_embed is not None:
             self.value_gate, self.value_gate_channels = attention.value_gate, attention.value_gate_channels
         self.config, self.head_dim, self.scaling = attention.config, attention.head_dim, attention.scaling
@@ -320,9 +325,16 @@ class RotaryTable(nn.Module):
 
 
 class TrainingLayers:
-    """The parts of a model that training exchanges; `install` puts them in, `remove` puts the model's own back."""
+    """The parts of a model that training exchanges; `install` puts them in, `remove` puts the model's own back.
 
-    def __init__(self, model: PreTrainedModel, *, fuse_mlp: bool = False) -> None:
+    Args:
+        fuse_mlp: ReLU^2 within the products of the MLP (`chatmodel.fused_mlp`).
+        convert: makes the linear layers of attention and MLP others that share their weights (`chatmodel.fp8`).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, fuse_mlp: bool = False, convert: ConvertLinear | None = None
+    ) -> None:
         config, decoder = model.config, model.model
         table = RotaryTable(decoder.rotary_emb, config.max_position_embeddings)
         norm = TrainingNorm(config.rms_norm_eps)
@@ -332,13 +344,18 @@ class TrainingLayers:
             (decoder, "norm", norm),
         ]
         for layer in decoder.layers:
-            self.swaps.append((layer, "self_attn", TrainingSelfAttention(layer.self_attn, config.rms_norm_eps)))
+            self.swaps.append(
+                (layer, "self_attn", TrainingSelfAttention(layer.self_attn, config.rms_norm_eps, convert))
+            )
             input_norm = TrainingInputNorm(config.rms_norm_eps) if config.residual_scalars else norm
             self.swaps += [(layer, "input_layernorm", input_norm), (layer, "post_attention_layernorm", norm)]
             if fuse_mlp:
                 self.swaps.append((layer, "mlp", TrainingMLP(layer.mlp)))
             elif config.hidden_act == "relu2":
                 self.swaps.append((layer.mlp, "act_fn", TrainingActivation()))
+            if convert is not None:
+                names = [name for name, _ in layer.mlp.named_children() if name.endswith("_proj")]
+                self.swaps += [(layer.mlp, name, convert(getattr(layer.mlp, name))) for name in names]
         self.own_parts: list[Swap] = [(owner, name, getattr(owner, name)) for owner, name, _ in self.swaps]
 
     def install(self) -> None:

@@ -18,7 +18,7 @@ COMPILED_LAYER_VALUES, COMPILED_VALUES = 11, 8
 
 # Logits come in chunks of positions (chatmodel/losses.py). On CUDA one kernel turns them into their gradient in their
 # place; elsewhere there are fp32 copies before and after the cap, its slope, and the gradient.
-LOGIT_CHUNK = 8192
+LOGIT_CHUNK = 4096
 PLAIN_LOGIT_BYTES = 20
 # Validation holds the logits of a whole batch, with the cap three times: before it, and two steps of it.
 VALIDATION_COPIES, VALIDATION_COPIES_CAPPED = 1, 3

@@ -48,6 +48,7 @@ class PretrainArguments:
     seed: int = field(default=42, metadata={"help": "Seed of the weights and of the order of documents."})
     mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile; by default on CUDA only."})
+    fp8: bool = field(default=False, metadata={"help": "Linear layers in 8-bit floats; pays from some depth on."})
     eval_every: int = field(default=250, metadata={"help": "Steps between validation measurements."})
     eval_tokens: int = field(default=20 * 2**19, metadata={"help": "Validation tokens of each measurement."})
     eval_bundle: Path | None = field(default=None, metadata={"help": "CORE bundle (zip or folder) for estimates."})

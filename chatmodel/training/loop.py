@@ -66,6 +66,7 @@ class Pretraining:
             device_batch_size=1 if args.auto_batch else args.device_batch_size,
             lr_fraction=args.lr_fraction,
             compile=args.compile,
+            fp8=args.fp8,
         )
         self.rows = self._build_rows()
         self.measurements = Measurements(
