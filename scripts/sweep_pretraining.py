@@ -1,0 +1,179 @@
+"""Compare variants of pretraining at equal tokens: document bits per byte, seconds, memory.
+
+    python scripts/sweep_pretraining.py --run_dir RUN --depth 6 --train_tokens 100000000 \\
+        plain: half:batch=131072 faster:batch=65536,lr=1.5 whole:packing=best_fit_whole
+
+RUN holds a tokenizer and a token store (`recipes/train_tokenizer.py`, `scripts/prepare_data.py`). Variants run one
+after the other in this process, without checkpoints; each is `name:key=value,...` with these keys:
+
+    batch tokens depth seed packing           instead of the plan's (tokens: of training)
+    lr, lr_GROUP                              factors on the planned rates (groups: matrix, embedding, head, ...)
+    decay, decay_GROUP                        factors on the planned weight decay
+    warmdown final_lr                         shares of the steps, and of the rate
+    anything else                             a setting of the model (smear=true, sliding_window=256, window_pattern=L)
+"""
+
+import argparse
+import gc
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from chatmodel.data.rows import PackedRows
+from chatmodel.data.store import TokenStore
+from chatmodel.evaluation.bits_per_byte import document_bits_per_byte
+from chatmodel.model import GPTConfig, GPTForCausalLM
+from chatmodel.runtime import UserError, choose_precision, entry_point
+from chatmodel.scaling import GroupPlan, RunPlan, plan_run
+from chatmodel.tokenizer import load_tokenizer, token_byte_lengths
+from chatmodel.train_step import TrainStep
+from chatmodel.training.loading import Loader
+
+OWN_KEYS = ("batch", "tokens", "depth", "seed", "packing", "lr", "decay", "warmdown", "final_lr")
+Variant = dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", help="name:key=value,...")
+    parser.add_argument("--run_dir", type=Path, required=True, help="holds tokenizer/ and data/")
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--train_tokens", type=int, default=100_000_000)
+    parser.add_argument("--sequence_length", type=int, default=2048)
+    parser.add_argument("--head_dim", type=int, default=128)
+    parser.add_argument("--device_batch_size", type=int, default=32)
+    parser.add_argument("--max_documents", type=int, help="of validation; all if left out")
+    parser.add_argument("--mixed_precision", choices=("bf16", "no"), help="by default what is faster here")
+    parser.add_argument("--json", type=Path, help="append one line a variant to this file")
+    return parser.parse_args()
+
+
+def read_variant(text: str) -> tuple[str, Variant]:
+    """A name and its changes; values are read as YAML reads them."""
+    name, colon, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    if not colon or not all(key and value for key, _, value in pairs):
+        raise UserError(f"variant {text!r} is not of the form name:key=value,key=value")
+    return name, {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+def build_plan(args: argparse.Namespace, variant: Variant, vocab_size: int) -> RunPlan:
+    """The plan of a variant: the dial's, changed where the variant says so."""
+    plan = plan_run(
+        variant.get("depth", args.depth),
+        vocab_size=vocab_size,
+        sequence_length=args.sequence_length,
+        head_dim=args.head_dim,
+        train_tokens=int(variant.get("tokens", args.train_tokens)),
+        total_batch_tokens=variant.get("batch"),
+        window_pattern=variant.get("window_pattern"),
+    )
+    factors = {key: value for key, value in variant.items() if key.startswith(("lr_", "decay_"))}
+    unknown = [key for key in factors if key.partition("_")[2] not in plan.groups]
+    if unknown:
+        raise UserError(f"{unknown[0]} names no group; there are {', '.join(plan.groups)}")
+    settings = {key: value for key, value in variant.items() if key not in (*OWN_KEYS, *factors)}
+    foreign = [key for key in settings if not hasattr(GPTConfig(), key)]
+    if foreign:
+        raise UserError(f"{foreign[0]} is no key of a variant and no setting of the model; see --help")
+    schedule = replace(
+        plan.schedule,
+        warmdown_steps=round(variant.get("warmdown", plan.schedule.warmdown_steps / plan.steps) * plan.steps),
+        final_lr_fraction=variant.get("final_lr", plan.schedule.final_lr_fraction),
+    )
+    groups = {name: scale_group(name, group, variant) for name, group in plan.groups.items()}
+    return replace(plan, groups=groups, schedule=schedule, model=plan.model | settings)
+
+
+def scale_group(name: str, group: GroupPlan, variant: Variant) -> GroupPlan:
+    lr = group.lr * variant.get("lr", 1.0) * variant.get(f"lr_{name}", 1.0)
+    decay = group.weight_decay * variant.get("decay", 1.0) * variant.get(f"decay_{name}", 1.0)
+    return replace(group, lr=lr, weight_decay=decay)
+
+
+def run_variant(
+    args: argparse.Namespace, plan: RunPlan, variant: Variant, tokenizer: Any, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Train from nothing and measure; seconds are those of the steps, less the first three, which compile."""
+    seed = variant.get("seed", 42)
+    torch.manual_seed(seed)
+    model = GPTForCausalLM(plan.model_config(bos_token_id=tokenizer.bos_token_id))
+    step = TrainStep(model, plan, accelerator, device_batch_size=args.device_batch_size)
+    store = TokenStore.open(args.run_dir / "data" / "train")
+    packing = variant.get("packing", "best_fit")
+    rows = PackedRows(store, sequence_length=plan.sequence_length, packing=packing, seed=seed)
+    losses = []
+    with Loader(rows, batch_size=args.device_batch_size, device=accelerator.device, timeout=60) as loader:
+        for index in range(plan.steps):
+            if index == min(3, plan.steps - 1):
+                began = time.perf_counter()
+            for _ in range(step.accumulation):
+                step.accumulate(loader.take())
+            result = step.finish(index)
+            if not result.updated:
+                return {"failed": f"loss {result.loss}, gradient {result.gradient_norm} at step {index}"}
+            losses.append(result.loss)
+        timed = plan.steps - min(3, plan.steps - 1)
+        seconds = (time.perf_counter() - began) * plan.steps / timed
+    with step.evaluating() as evaluated:
+        bpb = document_bits_per_byte(
+            evaluated,
+            validation_documents(args),
+            token_byte_lengths(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            max_tokens=plan.sequence_length,
+        )
+    last = losses[-max(1, plan.steps // 20) :]
+    return {
+        "document_bpb": bpb,
+        "train_loss": sum(last) / len(last),
+        "seconds": seconds,
+        "tokens_per_second": plan.train_tokens / seconds,
+        "steps": plan.steps,
+        "total_batch_tokens": plan.total_batch_tokens,
+        "passes": rows.epoch + 1,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+    }
+
+
+def validation_documents(args: argparse.Namespace) -> Iterator[list[int]]:
+    store = TokenStore.open(args.run_dir / "data" / "validation")
+    spans = list(pairwise(store.offsets.tolist()))[: args.max_documents]
+    return (store.tokens[start:end].tolist() for start, end in spans)
+
+
+def main() -> None:
+    args = parse()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    tokenizer = load_tokenizer(args.run_dir / "tokenizer")
+    cpu = not torch.cuda.is_available()
+    precision = choose_precision(torch.device("cpu" if cpu else "cuda"), args.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    variants = [read_variant(text) for text in args.variants]
+    plans = [build_plan(args, variant, len(tokenizer)) for _, variant in variants]  # all are refused before any runs
+    for (name, variant), plan in zip(variants, plans, strict=True):
+        line = {"name": name, **variant, **run_variant(args, plan, variant, tokenizer, accelerator)}
+        print(json.dumps(line), flush=True)
+        if args.json:
+            with args.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        # Nothing of a variant is left to the next: memory, its peak, compiled code.
+        gc.collect()
+        torch._dynamo.reset()
+        if not cpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    entry_point(main)
