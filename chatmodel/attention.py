@@ -3,167 +3,62 @@
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from chatmodel.attention_kernels import (
+    Attention,
+    DocumentAttention,
+    attend_blocks,
+    attend_cudnn,
+    attend_dense,
+    attend_documents_dense,
+    attend_documents_flash_2,
+    attend_documents_flash_4,
+    attend_flash_2,
+    attend_flash_3,
+    attend_flash_4,
+    attend_flex,
+    prepare_block_mask,
+)
 from chatmodel.runtime import logger
 
 TRAINING_ATTENTION = "chatmodel_training"  # the name Transformers knows it by
 LONG = 1024  # from this length on, blocks pay on a CPU
 TOLERANCE = 0.02  # greatest relative error of outputs and gradients against fp32; bf16 itself has about 0.004
 
-# query, key, value, all (B, heads, T, head_dim), causal; scaling; window, the keys a query sees, or None for all.
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int | None], torch.Tensor]
-
-
-def attend_dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
-) -> torch.Tensor:
-    """Causal attention by `scaled_dot_product_attention`, with a dense mask if there is a window; runs anywhere."""
-    length = query.shape[2]
-    if window is None or window >= length:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    positions = torch.arange(length, device=query.device)
-    distance = positions[:, None] - positions
-    mask = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-
-
-def attend_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
-) -> torch.Tensor:
-    """Windowed attention in plain PyTorch: blocks of `window` queries, each on its own and the previous block's keys.
-
-    Work and memory grow with T x window instead of T x T.
-    """
-    batch, heads, length, width = query.shape
-    if window is None or 2 * window > length:
-        return attend_dense(query, key, value, scaling, window)
-    padding = -length % window
-    blocks = [
-        F.pad(states, (0, 0, 0, padding)).reshape(batch, heads, -1, window, width).transpose(1, 2)
-        for states in (query, key, value)
-    ]
-    num_blocks = blocks[0].shape[1]
-    query, key, value = (states.reshape(batch * num_blocks, heads, window, width) for states in blocks)
-    before = [F.pad(states, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].reshape(key.shape) for states in blocks[1:]]
-    key, value = torch.cat((before[0], key), dim=2), torch.cat((before[1], value), dim=2)
-    positions = torch.arange(2 * window, device=query.device)
-    distance = positions[window:, None] - positions
-    seen = (distance >= 0) & (distance < window)
-    is_first = torch.arange(batch * num_blocks, device=query.device) % num_blocks == 0
-    mask = seen & ~(is_first[:, None, None] & (positions < window))  # nothing comes before the first block
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
-    output = output.view(batch, num_blocks, heads, window, width).transpose(1, 2)
-    return output.reshape(batch, heads, -1, width)[:, :, :length]
-
-
-def attend_cudnn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
-) -> torch.Tensor:
-    """Full causal attention by cuDNN's kernel."""
-    if window is not None and window < query.shape[2]:
-        raise NotImplementedError("PyTorch's cuDNN attention knows no window")
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-
-
-def attend_flash_2(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
-) -> torch.Tensor:
-    """Causal attention by the FlashAttention 2 that PyTorch carries."""
-    length = query.shape[2]
-    output: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        None,
-        None,
-        length,
-        length,
-        0.0,
-        True,
-        False,
-        scale=scaling,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
-    )[0]
-    return output.transpose(1, 2)
-
-
-def attend_flash_3(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
-) -> torch.Tensor:
-    """Causal attention by FlashAttention 3, built from source (Hopper)."""
-    from flash_attn_interface import flash_attn_func
-
-    states = (states.transpose(1, 2) for states in (query, key, value))
-    left = -1 if window is None else window - 1
-    output = flash_attn_func(*states, softmax_scale=scaling, causal=True, window_size=(left, 0 if window else -1))
-    output = output[0] if isinstance(output, tuple) else output
-    return output.transpose(1, 2)
-
-
-def attend_flash_4(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
-) -> torch.Tensor:
-    """Causal attention by FlashAttention 4, `pip install flash-attn-4` (Hopper, Blackwell)."""
-    # The package is optional and makes its kernels at run time.
-    from chatmodel.flash_attention_4 import flash_attention_4
-
-    output, _ = flash_attention_4(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling, window)
-    return output.transpose(1, 2)
-
-
-def attend_flex(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
-) -> torch.Tensor:
-    """Causal attention by FlexAttention, after `prepare_block_mask`; it must run under `torch.compile`."""
-    mask = _BLOCK_MASKS[query.shape[2], window]
-    output = flex_attention(query, key, value, block_mask=mask, scale=scaling)
-    assert isinstance(output, torch.Tensor)
-    return output
-
-
-_BLOCK_MASKS: dict[tuple[int, int | None], BlockMask] = {}  # made once, outside of compiled code
-
-
-def prepare_block_mask(length: int, window: int | None, device: torch.device) -> None:
-    """Make the block mask that `attend_flex` reads."""
-
-    def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        causal = query >= key
-        return causal if window is None else causal & (query - key < window)
-
-    _BLOCK_MASKS[length, window] = create_block_mask(sees, None, None, length, length, device=device)
-
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to attend: on which device type, and what must be importable."""
+    """A way to attend: on which device type, what must be importable, and how it keeps documents apart, if it can."""
 
     name: str
     attend: Attention
     device_type: str | None = None  # None: any
     package: str | None = None
     compiled: bool = False
+    attend_documents: DocumentAttention | None = None
 
 
 CANDIDATES = (
-    Candidate("sdpa", attend_dense),
+    Candidate("sdpa", attend_dense, attend_documents=attend_documents_dense),
     Candidate("blocks", attend_blocks),
-    Candidate("flash_attention_2", attend_flash_2, "cuda"),
+    Candidate("flash_attention_2", attend_flash_2, "cuda", attend_documents=attend_documents_flash_2),
     Candidate("cudnn", attend_cudnn, "cuda"),
     Candidate("flex", attend_flex, "cuda", compiled=True),
     Candidate("flash_attention_3", attend_flash_3, "cuda", package="flash_attn_interface"),
-    Candidate("flash_attention_4", attend_flash_4, "cuda", package="flash_attn.cute"),
+    Candidate(
+        "flash_attention_4",
+        attend_flash_4,
+        "cuda",
+        package="flash_attn.cute",
+        attend_documents=attend_documents_flash_4,
+    ),
 )
 
 
@@ -178,13 +73,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The shape a choice is made for; `window` counts the query's own key, None sees all."""
+    """The shape a choice is made for; `window` counts the query's own key, None sees all.
+
+    With `documents_apart` no position sees an earlier document of its row.
+    """
 
     batch: int
     heads: int
     sequence_length: int
     head_dim: int
     window: int | None
+    documents_apart: bool = False
 
 
 def try_attention(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> list[Trial]:
@@ -199,6 +98,10 @@ def _try_candidate(candidate: Candidate, shape: AttentionShape, device: torch.de
     if candidate.package is not None and not _is_installed(candidate.package):
         return Trial(candidate.name, None, f"{candidate.package} is not installed")
     attend = torch.compile(candidate.attend, dynamic=False) if candidate.compiled else candidate.attend
+    if shape.documents_apart:
+        if candidate.attend_documents is None:
+            return Trial(candidate.name, None, "does not keep documents apart")
+        attend = partial(_attend_some_documents, candidate.attend_documents)
     try:
         if candidate.compiled:
             prepare_block_mask(shape.sequence_length, shape.window, device)
@@ -210,6 +113,20 @@ def _try_candidate(candidate: Candidate, shape: AttentionShape, device: torch.de
         reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
         return Trial(candidate.name, None, f"fails here: {reason}")
     return Trial(candidate.name, milliseconds, "works")
+
+
+def _attend_some_documents(
+    attend: DocumentAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """With four documents a row, as a trial."""
+    batch, _, length, _ = query.shape
+    starts = torch.arange(0, batch * length + 1, max(1, length // 4), device=query.device, dtype=torch.int32)
+    return attend(query, key, value, scaling, window, starts)
 
 
 def _is_installed(package: str) -> bool:
@@ -230,9 +147,10 @@ def _measure_error(attend: Any, shape: AttentionShape, device: torch.device, dty
     """Greatest relative error of the output and of each gradient against fp32, on one row of the shape."""
     *states, gradient = _random_states(replace(shape, batch=1), device, dtype)
     results = []
+    plain = partial(_attend_some_documents, attend_documents_dense) if shape.documents_apart else attend_dense
     cases: list[tuple[list[torch.Tensor], Any]] = [
         (states, attend),
-        ([tensor.float() for tensor in states], attend_dense),
+        ([tensor.float() for tensor in states], plain),
     ]
     for inputs, function in cases:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -283,14 +201,19 @@ class TrainingAttention:
         *,
         scaling: float,
         sliding_window: int | None = None,
+        document_starts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Args: states (B, heads, T, head_dim); returns (B, T, heads, head_dim) and no weights."""
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        attend = self.chosen[sliding_window].attend
-        return attend(query, key, value, scaling, sliding_window).transpose(1, 2), None
+        chosen = self.chosen[sliding_window]
+        if document_starts is None:
+            return chosen.attend(query, key, value, scaling, sliding_window).transpose(1, 2), None
+        assert chosen.attend_documents is not None
+        output = chosen.attend_documents(query, key, value, scaling, sliding_window, document_starts)
+        return output.transpose(1, 2), None
 
 
 def choose_attention(
@@ -308,6 +231,7 @@ def choose_attention(
     for shape in shapes:
         if device.type == "cpu":
             long = shape.window is not None and shape.sequence_length >= max(4 * shape.window, LONG)
+            long = long and not shape.documents_apart
             chosen[shape.window] = "blocks" if long else "sdpa"
             continue
         trials = [t for t in try_attention(shape, device, dtype) if compiled or t.name not in needs_compiling]

@@ -107,9 +107,16 @@ class LanguageModelLoss(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.compute_states: Callable[..., Any] = model.model.forward  # or that function, compiled
 
-    def forward(self, input_ids: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
-        """Mean nats a scored position. Both (B, T); `shift_labels[:, t]` follows `input_ids[:, t]`, -100 unscored."""
-        states = self.compute_states(input_ids=input_ids, use_cache=False).last_hidden_state
+    def forward(
+        self, input_ids: torch.Tensor, shift_labels: torch.Tensor, document_starts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean nats a scored position. Both (B, T); `shift_labels[:, t]` follows `input_ids[:, t]`, -100 unscored.
+
+        Args:
+            document_starts: as `PackedRows` gives them, to attend within documents; needs `TRAINING_ATTENTION`.
+        """
+        documents = {} if document_starts is None else {"document_starts": document_starts}
+        states = self.compute_states(input_ids=input_ids, use_cache=False, **documents).last_hidden_state
         targets = shift_labels.flatten()
         total: torch.Tensor = SoftcappedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             states.flatten(0, 1),

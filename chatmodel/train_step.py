@@ -45,6 +45,9 @@ class TrainStep:
     once a step from fp32 masters kept by the optimizer, and gradients add up in fp32. Ranks exchange gradients once a
     step, and each updates the weights it owns. Under FSDP, Accelerate divides the weights and sets the precision.
     `accelerator.save_state` and `load_state` cover both model and optimizer.
+
+    Args:
+        documents_apart: micro-batches bring `document_starts`, and no position sees an earlier document of its row.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class TrainStep:
         lr_fraction: float = 1.0,
         compile: bool | None = None,
         fp8: bool = False,
+        documents_apart: bool = False,
     ) -> None:
         self.model, self.plan, self.accelerator = model, plan, accelerator
         self.accumulation = plan.accumulation_steps(device_batch_size, accelerator.num_processes)
@@ -81,7 +85,7 @@ class TrainStep:
         compiled = device.type == "cuda" if compile is None else compile
         if fp8:
             check_fp8(device, compiled=compiled, divided=self.divided)
-        self._shapes, self._place = attention_shapes(model.config, device_batch_size), (device, dtype)
+        self._shapes, self._place = attention_shapes(model.config, device_batch_size, documents_apart), (device, dtype)
         self._use_attention(choose_attention(self._shapes, device, dtype, compiled=compiled))
         # In plain PyTorch the model's own parts are the faster ones.
         self.layers = self._choose_layers(device_batch_size, fp8=fp8) if compiled else None
@@ -97,7 +101,11 @@ class TrainStep:
         self._losses: list[torch.Tensor] = []
 
     def accumulate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Add the gradient of one micro-batch of `input_ids` and `shift_labels` (B, T); returns its loss."""
+        """Add the gradient of one micro-batch to those so far; returns its loss.
+
+        Args:
+            batch: `input_ids` and `shift_labels` (B, T), and `document_starts` where documents are kept apart.
+        """
         loss = self.loss_module(**batch)
         shares = self.accumulation * (1 if self.divided else self.accelerator.num_processes)
         with self._adding_gradients():
@@ -238,7 +246,7 @@ def keep_masters_in_optimizer(model: GPTForCausalLM, dtype: torch.dtype) -> None
         parameter.grad_dtype = None
 
 
-def attention_shapes(config: GPTConfig, device_batch_size: int) -> list[AttentionShape]:
+def attention_shapes(config: GPTConfig, device_batch_size: int, documents_apart: bool = False) -> list[AttentionShape]:
     """The shapes of a model's attention, one for each kind of layer, the most frequent first."""
     assert config.layer_types is not None
     assert config.head_dim is not None
@@ -250,6 +258,7 @@ def attention_shapes(config: GPTConfig, device_batch_size: int) -> list[Attentio
             sequence_length=config.max_position_embeddings,
             head_dim=config.head_dim,
             window=window,
+            documents_apart=documents_apart,
         )
         for window in sorted(set(windows), key=lambda window: -windows.count(window))
     ]

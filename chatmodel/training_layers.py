@@ -296,6 +296,7 @@ class TrainingSelfAttention(nn.Module):
             attention_mask,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **kwargs,
         )
         return self.o_proj(output.reshape((*hidden_states.shape[:-1], -1))), None
 

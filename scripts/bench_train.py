@@ -44,13 +44,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mixed_precision", choices=("bf16", "no"), help="by default what is faster here")
     parser.add_argument("--fp8", action="store_true", help="also measure our model with fp8 linear layers")
+    parser.add_argument(
+        "--document_tokens", type=int, help="also measure ours with documents of this mean length kept apart"
+    )
     parser.add_argument("--nanochat", type=Path, help="a checkout of nanochat to run beside ours")
     parser.add_argument(
         "--nanochat_window", default="L", help="its window pattern; it has no fast windows without FA3"
     )
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--profile", type=Path, help="write a table of where one step of ours spends its time")
-    parser.add_argument("--single", help=argparse.SUPPRESS)  # one system, in this process: ours, ours_fp8, nanochat
+    parser.add_argument("--single", help=argparse.SUPPRESS)  # one system, in this process
     return parser.parse_args()
 
 
@@ -67,23 +70,38 @@ def plan(args: argparse.Namespace) -> RunPlan:
     )
 
 
-def build_ours(args: argparse.Namespace, *, fp8: bool) -> tuple[Callable[[list[Batch]], None], dict[str, Any]]:
+def build_ours(
+    args: argparse.Namespace, *, fp8: bool, apart: bool
+) -> tuple[Callable[[list[Batch]], None], dict[str, Any]]:
     cpu = not torch.cuda.is_available()
     precision = choose_precision(torch.device("cpu" if cpu else "cuda"), args.mixed_precision)
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     run = plan(args)
     model = GPTForCausalLM(run.model_config())
-    options = {"fp8": True} if fp8 else {}
-    step = TrainStep(model, run, accelerator, device_batch_size=args.device_batch_size, **options)
+    step = TrainStep(model, run, accelerator, device_batch_size=args.device_batch_size, fp8=fp8, documents_apart=apart)
     count = iter(range(10**9))
+    documents = {"document_starts": draw_document_starts(args).to(accelerator.device)} if apart else {}
 
     def take(batches: list[Batch]) -> None:
         for inputs, targets in batches:
-            step.accumulate({"input_ids": inputs, "shift_labels": targets})
+            step.accumulate({"input_ids": inputs, "shift_labels": targets, **documents})
         step.finish(next(count))
 
     facts = {"flops_per_token": run.flops_per_token, "parameters": run.parameters, "precision": precision}
     return take, facts
+
+
+def draw_document_starts(args: argparse.Namespace) -> torch.Tensor:
+    """Where documents start in a micro-batch: at every row, and at random within, for the asked mean length."""
+    tokens = args.device_batch_size * args.sequence_length
+    generator = torch.Generator().manual_seed(0)
+    within = torch.randint(
+        1, tokens, (max(0, tokens // args.document_tokens - args.device_batch_size),), generator=generator
+    )
+    rows = torch.arange(0, tokens, args.sequence_length)
+    starts = torch.cat((rows, within)).unique()
+    room = torch.full((len(rows) + len(within) - len(starts) + 1,), tokens)
+    return torch.cat((starts, room)).int()
 
 
 def build_nanochat(args: argparse.Namespace) -> tuple[Callable[[list[Batch]], None], dict[str, Any]]:
@@ -130,7 +148,11 @@ def build_nanochat(args: argparse.Namespace) -> tuple[Callable[[list[Batch]], No
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Median seconds a step of the system `args.single`, and what it needed."""
     began = time.perf_counter()
-    take, facts = build_nanochat(args) if args.single == "nanochat" else build_ours(args, fp8="fp8" in args.single)
+    take, facts = (
+        build_nanochat(args)
+        if args.single == "nanochat"
+        else build_ours(args, fp8="fp8" in args.single, apart="apart" in args.single)
+    )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     micro_batches = args.total_batch_tokens // (args.device_batch_size * args.sequence_length * world_size)
@@ -244,7 +266,8 @@ def main() -> None:
         return
     before = measure_ceilings()
     torch.cuda.empty_cache()
-    systems = ["ours", *(["ours_fp8"] if args.fp8 else []), *(["nanochat"] if args.nanochat else [])]
+    asked = {"ours": True, "ours_apart": args.document_tokens, "ours_fp8": args.fp8, "nanochat": args.nanochat}
+    systems = [system for system, wanted in asked.items() if wanted]
     results = [
         run_child(sys.argv[1:], system, depth)
         for depth in args.depths

@@ -7,6 +7,7 @@ RUN holds a tokenizer and a token store (`recipes/train_tokenizer.py`, `scripts/
 after the other in this process, without checkpoints; each is `name:key=value,...` with these keys:
 
     batch tokens depth seed packing           instead of the plan's (tokens: of training)
+    documents_apart                           true: attend within documents
     lr, lr_GROUP                              factors on the planned rates (groups: matrix, embedding, head, ...)
     decay, decay_GROUP                        factors on the planned weight decay
     warmdown final_lr                         shares of the steps, and of the rate
@@ -39,7 +40,7 @@ from chatmodel.tokenizer import load_tokenizer, token_byte_lengths
 from chatmodel.train_step import TrainStep
 from chatmodel.training.loading import Loader
 
-OWN_KEYS = ("batch", "tokens", "depth", "seed", "packing", "lr", "decay", "warmdown", "final_lr")
+OWN_KEYS = ("batch", "tokens", "depth", "seed", "packing", "documents_apart", "lr", "decay", "warmdown", "final_lr")
 Variant = dict[str, Any]
 
 
@@ -108,10 +109,12 @@ def run_variant(
     seed = variant.get("seed", 42)
     torch.manual_seed(seed)
     model = GPTForCausalLM(plan.model_config(bos_token_id=tokenizer.bos_token_id))
-    step = TrainStep(model, plan, accelerator, device_batch_size=args.device_batch_size)
+    apart = variant.get("documents_apart", False)
+    step = TrainStep(model, plan, accelerator, device_batch_size=args.device_batch_size, documents_apart=apart)
     store = TokenStore.open(args.run_dir / "data" / "train")
     packing = variant.get("packing", "best_fit")
-    rows = PackedRows(store, sequence_length=plan.sequence_length, packing=packing, seed=seed)
+    length = plan.sequence_length
+    rows = PackedRows(store, sequence_length=length, packing=packing, seed=seed, documents_apart=apart)
     losses = []
     with Loader(rows, batch_size=args.device_batch_size, device=accelerator.device, timeout=60) as loader:
         for index in range(plan.steps):

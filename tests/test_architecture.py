@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "chatmodel"
 LAYERS = [  # lowest first
     {"model", "runtime", "execution", "flash_attention_4", "relu_squared_kernel", "vllm_plugin"},
-    {"runs", "scaling", "tokenizer", "devices", "attention", "cross_entropy_kernel", "fused_mlp"},
-    {"data", "optim", "tokenizer_comparison", "losses", "training_layers"},
+    {"runs", "scaling", "tokenizer", "devices", "attention_kernels", "cross_entropy_kernel", "fp8", "fused_mlp"},
+    {"data", "optim", "tokenizer_comparison", "losses", "attention", "training_layers"},
     {"conversations", "checkpoint", "train_step", "decoding"},
     {"estimate", "probes", "generation", "rewards", "posttraining", "export"},
     {"evaluation", "problems", "chat"},

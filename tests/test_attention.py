@@ -6,12 +6,11 @@ import torch
 from chatmodel.attention import (
     TRAINING_ATTENTION,
     AttentionShape,
-    attend_blocks,
-    attend_dense,
     choose_attention,
     try_attention,
     use_attention,
 )
+from chatmodel.attention_kernels import attend_blocks, attend_dense, attend_documents_dense
 
 CPU = torch.device("cpu")
 
@@ -35,6 +34,26 @@ def test_sees_what_it_should(attend, length, window):
     states = [torch.randn(2, 3, length, 4, dtype=torch.float64) for _ in range(3)]
     expected = attend_by_hand(*states, 0.3, window)
     torch.testing.assert_close(attend(*states, 0.3, window), expected)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_documents_are_kept_apart(window):
+    """Two rows of 12: documents of 4 and 8, and of 7, 3 and 2, each as if it were alone."""
+    torch.manual_seed(0)
+    states = [torch.randn(2, 3, 12, 4, dtype=torch.float64) for _ in range(3)]
+    starts = torch.tensor([0, 4, 12, 19, 22, 24, 24, 24], dtype=torch.int32)
+    found = attend_documents_dense(*states, 0.3, window, starts)
+    for row, begin, end in ((0, 0, 4), (0, 4, 12), (1, 0, 7), (1, 7, 10), (1, 10, 12)):
+        alone = [part[row : row + 1, :, begin:end] for part in states]
+        torch.testing.assert_close(found[row : row + 1, :, begin:end], attend_by_hand(*alone, 0.3, window))
+
+
+def test_trials_of_kernels_that_keep_documents_apart():
+    shape = AttentionShape(2, 2, 32, 8, 8, documents_apart=True)
+    trials = {trial.name: trial for trial in try_attention(shape, CPU, torch.float32)}
+    assert trials["sdpa"].milliseconds > 0
+    assert trials["blocks"].reason == "does not keep documents apart"
+    assert choose_attention([shape], CPU, torch.float32, compiled=False) == {8: "sdpa"}
 
 
 def test_trials_name_what_works_and_what_does_not():

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from chatmodel.data.loading import read_ahead
-from chatmodel.data.rows import PACKINGS, PackedRows, validation_rows
+from chatmodel.data.rows import PACKINGS, PackedRows, find_document_starts, validation_rows
 from chatmodel.data.store import TokenStore
 from chatmodel.runtime import UserError
 
@@ -253,3 +253,38 @@ def test_validation_shorter_than_a_row(make_store):
     assert row["shift_labels"].tolist() == [1001, 1002] + [-100] * 6
     with pytest.raises(UserError, match="sequence_length is -1"):
         next(validation_rows(make_store([3]), sequence_length=-1))
+
+
+def test_document_starts_by_hand():
+    """Documents of 3, 10, 4 and 5 tokens in rows of 8 and the label behind them."""
+    offsets = np.array([0, 3, 13, 17, 22])
+    # Row 1: document 0, the first 6 of document 1. Row 2: the rest of document 1 (4), document 2 (4), one token of 3,
+    # which is a label only.
+    rows = [[(0, 3), (3, 9)], [(9, 13), (13, 17), (17, 18)]]
+    starts = find_document_starts(rows, offsets, length=8, capacity=6)
+    assert starts.dtype == np.int32
+    assert starts.tolist() == [0, 3, 8, 12, 16, 16, 16]
+    # Contiguous rows run over the ends of documents.
+    assert find_document_starts([[(1, 10)]], offsets, length=8, capacity=3).tolist() == [0, 2, 8, 8]
+    assert find_document_starts([[(10, 19)]], offsets, length=8, capacity=3).tolist() == [0, 3, 7, 8]
+    # Too little room: starts within rows are left out, never those of rows.
+    assert find_document_starts(rows, offsets, length=8, capacity=3).tolist() == [0, 3, 8, 16]
+    assert find_document_starts(rows, offsets, length=8, capacity=2).tolist() == [0, 8, 16]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_batches_with_document_starts(store, packing):
+    """The starts are where <|bos|> stands or a row begins; and where what was cropped goes on, if it is kept."""
+    rows = PackedRows(store, sequence_length=31, packing=packing, documents_apart=True)
+    batch, _ = next(rows.batches(4))
+    plain, _ = next(PackedRows(store, sequence_length=31, packing=packing).batches(4))
+    assert torch.equal(batch["input_ids"], plain["input_ids"])
+    assert batch["document_starts"].shape == (rows.document_capacity(4) + 1,)
+    begins = batch["input_ids"] == BOS
+    begins[:, 0] = True
+    expected = begins.flatten().nonzero().flatten().tolist()
+    found = batch["document_starts"].tolist()
+    if packing == "best_fit_whole":
+        assert set(expected) <= set(found)
+    else:
+        assert found == expected + [4 * 31] * (len(found) - len(expected))

@@ -48,11 +48,11 @@ def test_the_loss_module_agrees_with_the_model():
         torch.testing.assert_close(parameter.grad, gradient, atol=2e-3, rtol=2e-2)
 
 
+@pytest.mark.parametrize("documents_apart", [False, True])
 @pytest.mark.parametrize("window", [None, 64])
-def test_kernels_that_work_here_are_right(window):
-    trials = {
-        t.name: t for t in try_attention(AttentionShape(2, 4, 512, 128, window), torch.device("cuda"), torch.bfloat16)
-    }
+def test_kernels_that_work_here_are_right(window, documents_apart):
+    shape = AttentionShape(2, 4, 512, 128, window, documents_apart)
+    trials = {t.name: t for t in try_attention(shape, torch.device("cuda"), torch.bfloat16)}
     assert trials["sdpa"].milliseconds is not None
     assert all("wrong" not in trial.reason for trial in trials.values())
 

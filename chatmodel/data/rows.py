@@ -1,10 +1,12 @@
 """Which rows of equal length does the model see, on which rank, and how is that resumed exactly?"""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
 from chatmodel.data.packing import BestFitPlan, ContiguousPlan, RowPlan, Span
@@ -26,6 +28,8 @@ class PackedRows(IterableDataset[Row]):
     on all ranks, and good for another number of ranks. Iterating continues where the rows stand, it never starts anew.
 
     Args:
+        documents_apart: batches also have `document_starts` (`find_document_starts`), for as many documents as
+            `document_capacity`.
         packing: "contiguous" (`ContiguousPlan`), "best_fit" or, with rests kept, "best_fit_whole" (`BestFitPlan`).
         epochs: passes over the documents, None for no end; every rank gives equally many rows.
 
@@ -44,6 +48,7 @@ class PackedRows(IterableDataset[Row]):
         epochs: int | None = None,
         seed: int = 42,
         buffer_documents: int = BUFFER_DOCUMENTS,
+        documents_apart: bool = False,
     ) -> None:
         check_rows_fit(store, sequence_length)
         if packing not in PACKINGS:
@@ -52,6 +57,7 @@ class PackedRows(IterableDataset[Row]):
         self.store = store
         self.sequence_length = sequence_length
         self.packing = packing
+        self.documents_apart = documents_apart
         self.rank = rank
         self.world_size = world_size
         row_tokens = sequence_length + 1
@@ -107,7 +113,20 @@ class PackedRows(IterableDataset[Row]):
 
     def _read_batch(self, rows: list[list[Span]]) -> Row:
         tokens = self._read_rows(rows)
-        return {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
+        batch = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
+        if self.documents_apart:
+            capacity = self.document_capacity(len(rows))
+            starts = find_document_starts(rows, self.store.offsets, length=self.sequence_length, capacity=capacity)
+            batch["document_starts"] = torch.from_numpy(starts)
+        return batch
+
+    def document_capacity(self, batch_size: int) -> int:
+        """Documents that a batch's `document_starts` has room for: more than half as many again as the average.
+
+        A fixed number, since compiled code wants the same shape every time; and every place costs a little.
+        """
+        mean = self.store.num_documents * self.sequence_length / self.store.num_tokens
+        return batch_size * (2 + math.ceil(1.5 * mean))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the rows stand, as plain values: small, and the same on every rank."""
@@ -126,6 +145,29 @@ class PackedRows(IterableDataset[Row]):
                     " set it back, or start a new run"
                 )
         self.plan.load_state_dict(state)
+
+
+def find_document_starts(
+    rows: list[list[Span]], offsets: NDArray[np.int64], *, length: int, capacity: int
+) -> NDArray[np.int32]:
+    """Where documents, or parts of them, start among the B * `length` inputs of a batch, as attention kernels want it.
+
+    Returns (capacity + 1,) int32, ascending from 0; B * `length` ends it and fills what is left. If there are more
+    documents than places, starts within rows are left out from the batch's end on: those documents see each other.
+    """
+    starts = [np.arange(len(rows)) * length]  # of the rows: these are never left out
+    for number, spans in enumerate(rows):
+        place = number * length
+        end = place + length  # the last token of a row is a label only
+        for start, stop in spans:
+            first, last = np.searchsorted(offsets, (start + 1, stop))
+            within = np.concatenate(([place], place + offsets[first:last] - start))
+            starts.append(within[(within < end) & (within > number * length)])
+            place += stop - start
+    inner = np.concatenate(starts[1:])[: capacity - len(rows)]
+    found = np.full(capacity + 1, len(rows) * length, dtype=np.int32)
+    found[: len(rows) + len(inner)] = np.sort(np.concatenate((starts[0], inner)))
+    return found
 
 
 def validation_rows(store: TokenStore, *, sequence_length: int, max_tokens: int | None = None) -> Iterator[Row]:

@@ -45,6 +45,9 @@ class PretrainArguments:
         default="best_fit",
         metadata={"help": "Rows: best_fit (documents cropped), best_fit_whole (nothing lost) or contiguous."},
     )
+    documents_apart: bool = field(
+        default=False, metadata={"help": "Attend within documents only: as good, and faster with FlashAttention."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the weights and of the order of documents."})
     mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile; by default on CUDA only."})

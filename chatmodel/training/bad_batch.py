@@ -63,7 +63,8 @@ def is_finite(step: TrainStep, batch: Batch) -> bool:
 def is_row_finite(step: TrainStep, batch: Batch, row: int) -> bool:
     """Whether one row's loss and gradient are, without the compiled model, which would be compiled anew for it."""
     with step.evaluating() as model, torch.enable_grad():
-        loss = LanguageModelLoss(model)(**{name: tensor[row : row + 1] for name, tensor in batch.items()})
+        ids, labels = (batch[name][row : row + 1] for name in ("input_ids", "shift_labels"))
+        loss = LanguageModelLoss(model)(ids, labels)
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     found = [loss, *(gradient for gradient in gradients if gradient is not None)]

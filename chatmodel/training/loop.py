@@ -67,6 +67,7 @@ class Pretraining:
             lr_fraction=args.lr_fraction,
             compile=args.compile,
             fp8=args.fp8,
+            documents_apart=args.documents_apart,
         )
         self.rows = self._build_rows()
         self.measurements = Measurements(
@@ -86,6 +87,7 @@ class Pretraining:
             self.train_store,
             sequence_length=self.args.sequence_length,
             packing=self.args.packing,
+            documents_apart=self.args.documents_apart,
             rank=self.ranks.rank,
             world_size=self.ranks.count,
             seed=self.args.seed,

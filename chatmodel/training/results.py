@@ -59,6 +59,7 @@ def write_results(
         "device_batch_size": state.device_batch_size,
         "lr_fraction": args.lr_fraction,
         "packing": args.packing,
+        "documents_apart": args.documents_apart,
         "dataset": store.manifest,
         "val_bpb_min": min(val_bpbs),
         "val_bpb_final": val_bpbs[-1],
