@@ -1,7 +1,8 @@
 """How a model answers: batches of prompts at once, or one reply streamed piece by piece."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from copy import deepcopy
 from threading import Event, Thread
 from typing import Any
@@ -11,7 +12,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 
 from chatmodel.conversations.render import render_prompt
-from chatmodel.runtime import UserError
+from chatmodel.decoding.engine import Progress, Request
+from chatmodel.decoding.pool import find_engine
+from chatmodel.decoding.sampling import Sampling
+from chatmodel.decoding.weights import find_obstacle
+from chatmodel.model.generation_gpt import check_prompt
+from chatmodel.runtime import UserError, logger
 from chatmodel.tokenizer import SPECIAL_TOKENS
 
 CALCULATOR_MARKS = re.compile(r"(<\|(?:python|output)_(?:start|end)\|>)")
@@ -61,7 +67,7 @@ def fit_new_tokens(model: Any, prompt_length: int, max_new_tokens: int) -> int:
     return min(max_new_tokens, context - prompt_length)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_replies(
     model: Any,
     tokenizer: Any,
@@ -78,8 +84,9 @@ def generate_replies(
 ) -> list[list[list[int]]]:
     """`num_samples` replies to each prompt, as new token ids, without the end token unless `keep_end`.
 
-    Prompts of similar length are generated together, padded on the left; the order of the result is the prompts'.
-    A batch ends where its longest row fills the model's context, whatever `max_new_tokens` says.
+    Our own models are decoded by `chatmodel.decoding`, `batch_size` replies side by side, each followed by the next as
+    soon as it ends; others by `generate`, batch by batch. The order of the result is the prompts'. A reply ends where
+    the model's context does, whatever `max_new_tokens` says (with `generate` where its batch's longest row fills it).
 
     Args:
         seed: makes sampling repeatable, whatever was drawn before.
@@ -93,18 +100,61 @@ def generate_replies(
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    replies: list[list[list[int]]] = [[] for _ in prompts]
     rows = [index for index in order for _ in range(num_samples)]
-    bar = tqdm(total=len(rows), desc=progress, unit="reply", disable=progress is None)
-    for begin in range(0, len(rows), batch_size):
-        members = rows[begin : begin + batch_size]
-        batch = _generate_batch(model, [prompts[index] for index in members], settings)
-        for index, reply in zip(members, batch, strict=True):
-            replies[index].append(cut_at_end(reply, settings.eos_token_id, keep_end=keep_end))
-        bar.update(len(members))
-    bar.close()
+    generate = _generate_by_engine if has_engine(model) else _generate_by_batches
+    found: list[list[int]] = [[] for _ in rows]
+    with tqdm(total=len(rows), desc=progress, unit="reply", disable=progress is None) as bar:
+        for place, reply in generate(model, [prompts[index] for index in rows], settings, batch_size):
+            found[place] = cut_at_end(reply, settings.eos_token_id, keep_end=keep_end)
+            bar.update()
     model.train(was_training)
+    replies: list[list[list[int]]] = [[] for _ in prompts]
+    for index, reply in zip(rows, found, strict=True):
+        replies[index].append(reply)
     return replies
+
+
+def has_engine(model: Any) -> bool:
+    """Whether our own engine can decode with a model; says once why not."""
+    obstacle = find_obstacle(model)
+    if obstacle is not None and obstacle not in _SAID:
+        _SAID.add(obstacle)
+        logger.warning("replies come from Transformers' own generate, which is slower: %s", obstacle)
+    return obstacle is None
+
+
+_SAID: set[str] = set()
+
+
+def _start_decoding(
+    model: Any, prompts: Sequence[list[int]], settings: GenerationConfig, batch_size: int
+) -> Generator[Progress, None, None]:
+    for prompt in prompts:
+        check_prompt(model.config, torch.tensor([prompt]))
+    seeds = torch.randint(2**62, (len(prompts),)).tolist() if settings.do_sample else [0] * len(prompts)
+    requests = [
+        Request(prompt, fit_new_tokens(model, len(prompt), settings.max_new_tokens), seed)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    sampling = Sampling(settings.temperature, settings.top_k or None) if settings.do_sample else Sampling()
+    return find_engine(model).decode(requests, sampling, end_ids=settings.eos_token_id, rows=batch_size)
+
+
+def _generate_by_engine(
+    model: Any, prompts: Sequence[list[int]], settings: GenerationConfig, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    replies: list[list[int]] = [[] for _ in prompts]
+    for progress in _start_decoding(model, prompts, settings, batch_size):
+        replies[progress.index] += progress.ids
+        if progress.done:
+            yield progress.index, replies[progress.index]
+
+
+def _generate_by_batches(
+    model: Any, prompts: Sequence[list[int]], settings: GenerationConfig, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    for begin in range(0, len(prompts), batch_size):
+        yield from enumerate(_generate_batch(model, list(prompts[begin : begin + batch_size]), settings), begin)
 
 
 def _generate_batch(model: Any, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
@@ -141,8 +191,9 @@ class ReplyStreamer(TextIteratorStreamer):  # type: ignore[misc]
     steer it.
     """
 
-    def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int], ids: list[int] | None = None) -> None:
         super().__init__(tokenizer, skip_prompt=True)
+        self.ids = [] if ids is None else ids
         self.marks = {tokenizer.convert_tokens_to_ids(token): token for token in SPECIAL_TOKENS}
         self.marks |= dict.fromkeys(end_ids, "")
         self.held = ""
@@ -155,6 +206,7 @@ class ReplyStreamer(TextIteratorStreamer):  # type: ignore[misc]
             super().put(value)
             return
         for token_id in value.flatten().tolist():
+            self.ids.append(token_id)
             if token_id in self.marks:
                 self.end_text()
                 self.text_queue.put(self.marks[token_id])
@@ -224,6 +276,7 @@ def stream_reply(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int | None = None,
+    ids: list[int] | None = None,
 ) -> Iterator[str]:
     """The reply to a conversation as pieces of text, as they are generated; calculator calls stay visible as marks.
 
@@ -232,13 +285,37 @@ def stream_reply(
     Closing the iterator stops the generation, and so does an interrupt while it waits. A reply ends where the model's
     context does, whatever `max_new_tokens` says.
 
+    Args:
+        ids: gets the new ids as they come, the end token included.
+
     Raises:
         UserError: the conversation does not fit the model's context.
     """
     prompt = render_prompt(tokenizer, messages)
     settings = build_generation_config(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     settings.max_new_tokens = fit_new_tokens(model, len(prompt), max_new_tokens)
-    streamer = ReplyStreamer(tokenizer, settings.eos_token_id)
+    streamer = ReplyStreamer(tokenizer, settings.eos_token_id, ids)
+    stream = _stream_by_engine if has_engine(model) else _stream_by_generate
+    yield from filter(None, stream(model, prompt, settings, streamer))
+
+
+def _stream_by_engine(
+    model: Any, prompt: list[int], settings: GenerationConfig, streamer: ReplyStreamer
+) -> Iterator[str]:
+    streamer.next_tokens_are_prompt = False
+    with closing(_start_decoding(model, [prompt], settings, 1)) as tokens:
+        for progress in tokens:
+            streamer.put(torch.tensor(progress.ids))
+            while not streamer.text_queue.empty():
+                yield streamer.text_queue.get()
+    streamer.end()
+    yield from streamer
+
+
+def _stream_by_generate(
+    model: Any, prompt: list[int], settings: GenerationConfig, streamer: ReplyStreamer
+) -> Iterator[str]:
+    """`generate` works in a thread of its own."""
     stopped = Event()
     failures: list[BaseException] = []
 
@@ -262,7 +339,7 @@ def stream_reply(
     thread = Thread(target=work, daemon=True)
     thread.start()
     try:
-        yield from filter(None, streamer)
+        yield from streamer
     finally:
         # A thread that is still at work when Python exits would take the whole process down.
         stopped.set()

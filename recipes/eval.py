@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatmodel.checkpoint import load_model
-from chatmodel.evaluation.stages import EvalArguments, evaluate_stage
+from chatmodel.evaluation.decisions import KeptDecisions, model_key
+from chatmodel.evaluation.stages import EvalArguments, evaluate_stage, find_decisions
 from chatmodel.runs import Run
 from chatmodel.runtime import (
     UserError,
@@ -44,7 +45,9 @@ def measure(
     device = accelerator.device
     precision = choose_precision(device, args.mixed_precision or (None if device.type == "cuda" else "no"))
     with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-        metrics = evaluate_stage(args, run, model.to(device).eval(), tokenizer)
+        key = model_key(model.to(device).eval(), tokenizer, precision)
+        kept = KeptDecisions(find_decisions(args, run), model_key=key)
+        metrics = evaluate_stage(args, run, model, tokenizer, kept=kept)
     return metrics | {"device": str(device), "mixed_precision": precision, "world_size": accelerator.num_processes}
 
 
@@ -65,6 +68,8 @@ def main() -> None:
         stage.finish(metrics)
     elif accelerator.is_main_process:
         write_json(args.output, {"model": args.model, "environment": describe_environment(), "metrics": metrics})
+    if accelerator.is_main_process:
+        find_decisions(args, run).unlink(missing_ok=True)  # they are in the result now
     accelerator.end_training()  # closes the process group
 
 

@@ -32,7 +32,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", default="cpu", help="a folder of recipes/configs, or the path of your own")
     parser.add_argument("--run_dir", type=Path, help="the run folder; by default runs/<preset>")
     parser.add_argument("--dataset", help="text: a Hub name, a folder, or 'embedded'; by default the preset's")
-    parser.add_argument("--eval_bundle", type=Path, help="CORE bundle, zip or folder")
+    parser.add_argument("--eval_bundle", help="CORE bundle: zip, folder, or the address of a zip")
     parser.add_argument("--chatcore", type=Path, help="folder of ChatCORE's data sets; by default the Hub's")
     parser.add_argument("--max_per_task", type=int, help="examples of each CORE and ChatCORE task")
     parser.add_argument("--run_generated_code", action="store_true", help="HumanEval: run programs the model wrote")

@@ -47,7 +47,7 @@ def test_data_path(texts, tokenizer, tmp_path, capsys, monkeypatch):
     )
     output = capsys.readouterr().out
     assert len(read_table(output, "vocabulary 512")) == 2
-    assert len(read_table(output, "batches of (2, 16)")) == 4
+    assert len(read_table(output, "batches of (2, 16)")) == 6
     assert len(read_table(output, "opening a store")) == 1
 
 

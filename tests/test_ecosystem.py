@@ -202,6 +202,20 @@ class Server:
         return caught.value.body["message"]
 
 
+def chat_in_terminal(server: Server, elsewhere) -> str:
+    """What `transformers chat` shows for one question to a running server."""
+    address = str(server.client.base_url).removesuffix("/v1/")
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "chat"]
+    command += [server.model, address, "max_new_tokens=8", "do_sample=False"]
+    environment = {**elsewhere["env"]}
+    environment.pop("HF_HUB_OFFLINE", None)  # the client refuses to begin with it
+    typed = QUESTION[0]["content"] + "\nn\n!exit\n"  # n: at the limit of tokens it asks whether to go on
+    options = {**elsewhere, "env": environment}
+    outcome = subprocess.run(command, input=typed, capture_output=True, check=False, **options)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return outcome.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "batching", [(), ("--continuous-batching", "--cb-num-blocks", "64")], ids=["plain", "batches"]
@@ -239,4 +253,5 @@ def test_the_server_answers(folder, elsewhere, tokenizer, batching):
         if not batching:  # there the first request decides for all
             drawn = {server.ask(QUESTION, temperature=2.0, seed=seed).choices[0].message.content for seed in range(3)}
             assert len(drawn) == 3
+            assert "Generation stopped after reaching the token limit" in chat_in_terminal(server, elsewhere)
         assert server.ask(QUESTION).choices[0].message.content == text, "a refusal must not disturb later answers"

@@ -9,6 +9,7 @@ import torch
 from chatmodel.conversations.datasets import ask_multiple_choice
 from chatmodel.conversations.render import render_prompt
 from chatmodel.evaluation import chatcore
+from chatmodel.evaluation.chat_tasks import cut_prompt
 from chatmodel.evaluation.chatcore import (
     BASELINES,
     ChatLimits,
@@ -79,7 +80,9 @@ def test_a_prompt_beyond_the_context_loses_its_end_but_not_the_turn(chat_model, 
     long = ask_multiple_choice("why " * 400, ["A", "B"], ["x", "y"], answer="A")
     ids = render_prompt(tokenizer, long[:-1])
     assert len(ids) > 256
-    cut = chatcore._cut_prompt(ids, chat_model)
+    assert cut_prompt(ids, 256, hard_limit=256) == [*ids[:255], ids[-1]]
+    assert cut_prompt(ids, None) == ids
+    cut = cut_prompt(ids, 256)
     assert cut == [*ids[:256], tokenizer.convert_tokens_to_ids("<|assistant_start|>")]
     assert choose_letters(chat_model, tokenizer, [long], [["A", "B"]], batch_tokens=64)[0] in "AB"
 

@@ -13,9 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from chatmodel.evaluation.core import evaluate_core, is_right
+from chatmodel.evaluation.core import estimate_work, evaluate_core, is_right, prepare_ahead
 from chatmodel.evaluation.core_tasks import CoreTask, build_requests, draw_fewshot, load_core_tasks, render_prompts
+from chatmodel.evaluation.decisions import KeptDecisions
 from chatmodel.evaluation.scoring import Request, Score
+from chatmodel.evaluation.statistics import center_accuracy
 from chatmodel.runtime import UserError
 
 WORDS = [
@@ -249,3 +251,72 @@ def test_the_official_bundle_has_22_tasks(data_root, tokenizer):
     tasks = list(load_core_tasks(data_root / "eval_bundle.zip"))
     assert len(tasks) == 22
     assert sum(len(task.examples) for task in tasks) == 91_037
+
+
+def test_a_second_start_decides_only_what_is_left(bundle, tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "base.decisions"
+
+    class Crash(BigramModel):
+        def forward(self, input_ids, **kwargs):
+            if input_ids.shape[1] == 6 and WORDS.index(":") in input_ids[0]:  # a prompt of the last task
+                raise RuntimeError("the machine went away")
+            return super().forward(input_ids, **kwargs)
+
+    with pytest.raises(RuntimeError, match="went away"):
+        evaluate_core(Crash(), tokenizer, bundle, kept=KeptDecisions(path, model_key="m"))
+    assert [task["task"] for task in json.loads(path.read_text())["tasks"].values()] == ["choose", "refer"]
+    seen = []
+
+    class Watched(BigramModel):
+        def forward(self, input_ids, **kwargs):
+            seen.append(input_ids)
+            return super().forward(input_ids, **kwargs)
+
+    caplog.clear()
+    result = evaluate_core(Watched(), tokenizer, bundle, kept=KeptDecisions(path, model_key="m"))
+    assert all(WORDS.index(":") in ids for ids in seen)
+    assert "CORE: 2 of 3 tasks are decided already, as" in caplog.text
+    fresh = evaluate_core(BigramModel(), tokenizer, bundle)
+    assert result["core"] == fresh["core"]
+    assert [t["decisions"] for t in result["tasks"].values()] == [t["decisions"] for t in fresh["tasks"].values()]
+    # Other examples, other decisions: the file's are not taken.
+    evaluate_core(Watched(), tokenizer, bundle, max_per_task=1, kept=KeptDecisions(path, model_key="m"))
+    assert any(WORDS.index("blue") == ids[0, -1] for ids in seen)
+
+
+def test_both_tables_of_baselines():
+    """Of 0.5 right: by nanochat's 20 % it is 0.375 above chance, by DCLM's 40.3 % only 0.162."""
+    task = CoreTask("commonsense_qa", "multiple_choice", 0, " ", 0.2, [])
+    assert center_accuracy(0.5, task.baseline) == pytest.approx(0.375)
+    assert center_accuracy(0.5, task.dclm_baseline) == pytest.approx((0.5 - 0.403) / 0.597)
+    assert CoreTask("piqa", "multiple_choice", 0, " ", 0.5, []).dclm_baseline == 0.5
+
+
+def test_work_counts_what_choices_share_once():
+    task = make_task("multiple_choice", [{"query": "12345", "choices": ["abc", "abd", "x"], "gold": 0}] * 20)
+    # "12345 abc" is 9 characters, of the others "d" and "x" are new.
+    assert estimate_work(task) == 20 * (9 + 1 + 1)
+
+
+def test_chunks_are_prepared_in_order_and_ahead():
+    made = []
+
+    def prepare(n):
+        made.append(n)
+        return n * n
+
+    results = prepare_ahead(prepare, range(6))
+    assert next(results) == 0
+    assert list(results) == [1, 4, 9, 16, 25]
+    assert made == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.data
+def test_dclms_corrections_are_the_shares_of_the_most_frequent_answer_or_of_a_choice(data_root):
+    tasks = {task.label: task for task in load_core_tasks(data_root / "eval_bundle.zip")}
+    golds = [example["gold"] for example in tasks["commonsense_qa"].examples]
+    assert round(golds.count(2) / len(golds), 3) == tasks["commonsense_qa"].dclm_baseline == 0.403
+    for label in ("agi_eval_lsat_ar", "bigbench_language_identification"):
+        assert {len(example["choices"]) for example in tasks[label].examples} == {4}
+        assert tasks[label].dclm_baseline == 0.25

@@ -10,6 +10,7 @@ import pytest
 
 from chatmodel.checkpoint import save_model_folder
 from chatmodel.data.store import build_token_store
+from chatmodel.evaluation.decisions import KeptDecisions
 from chatmodel.evaluation.stages import EvalArguments, evaluate_stage, find_taught_skills
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError
@@ -110,6 +111,7 @@ def test_recipe_evaluates_a_model_without_a_run(monkeypatch, run, bundle, tmp_pa
     output = tmp_path / "result.json"
     start_recipe(monkeypatch, "--model", run.folder("base"), "--eval_bundle", bundle, "--output", output)
     result = json.loads(output.read_text())
+    assert not output.with_suffix(".decisions").exists()
     assert result["metrics"]["core"]["tasks"]["choose"]["n"] == 2
     assert "not_run" in result["metrics"]["bpb"]
     assert len(result["metrics"]["samples"]) == 7
@@ -129,6 +131,34 @@ def test_recipe_evaluates_a_model_without_a_run(monkeypatch, run, bundle, tmp_pa
 def test_bad_arguments_get_one_sentence(changes, message):
     with pytest.raises(UserError, match=message):
         EvalArguments(**({"run_dir": Path("runs/x")} | changes))
+
+
+def test_an_interrupted_recipe_goes_on_where_it_stopped(monkeypatch, run, bundle, tmp_path, caplog):
+    """Stopped behind CORE's first task; the second start takes its decisions from the file beside the result."""
+    caplog.set_level("INFO")
+    output = tmp_path / "result.json"
+    arguments = ["--model", run.folder("base"), "--eval_bundle", bundle, "--output", output, "--mixed_precision", "no"]
+    keep = KeptDecisions.keep
+
+    def keep_and_stop(self, *values):
+        keep(self, *values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptDecisions, "keep", keep_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            start_recipe(patch, *arguments)
+    assert not output.exists()
+    assert output.with_suffix(".decisions").exists()
+    start_recipe(monkeypatch, *arguments)
+    assert "tasks are decided already" in caplog.text
+    assert output.exists()
+    assert not output.with_suffix(".decisions").exists()
+
+
+def test_an_address_is_taken_as_a_bundle():
+    args = EvalArguments(run_dir=Path("runs/x"), eval_bundle="https://example.org/eval_bundle.zip#sha256=12")
+    assert args.eval_bundle == "https://example.org/eval_bundle.zip#sha256=12"
 
 
 def test_recipe_refuses_what_is_not_there(monkeypatch, run, tmp_path, capsys):

@@ -175,6 +175,13 @@ def test_network_is_refused():
             server.accept()
 
 
+def run_landlock_probe() -> bool:
+    """Whether this kernel refuses files, TCP and foreign signals (Landlock of version 6 or later), asked elsewhere."""
+    command = f"from importlib.machinery import SourceFileLoader as L; L('e', {execution.__file__!r}).load_module()"
+    code = command + ".restrict_files('/tmp', ['/usr', '/']) >= 6 or exit(1)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
 needs_namespaces = pytest.mark.skipif(len(namespace_command()) < 6, reason="the system offers no process namespaces")
 
 
@@ -185,13 +192,26 @@ def test_the_namespace_itself_has_no_network():
     assert "Network is unreachable" in answer.stderr
 
 
+def without(monkeypatch, tmp_path, *calls):
+    """Let programs run under a copy of the module in which these calls do nothing."""
+    source = Path(execution.__file__).read_text()
+    for call in calls:
+        assert f"    {call}(" in source
+        source = source.replace(f"    {call}(", "    (lambda *arguments: None)(")
+    copy = tmp_path / "weakened.py"
+    copy.write_text(source)
+    monkeypatch.setattr(execution, "__file__", str(copy))
+
+
+HOOK, FILES, LIMITS = "sys.addaudithook", "restrict_files", "_lower_limits"
+has_landlock = run_landlock_probe()
+needs_landlock = pytest.mark.skipif(not has_landlock, reason="this kernel has no Landlock of version 6")
+
+
 @needs_namespaces
 def test_a_child_that_left_the_group_dies_with_the_program(monkeypatch, tmp_path):
-    # Without the audit hook (in a copy of the module), a program forks a process with a session of its own.
-    source = Path(execution.__file__).read_text()
-    copy = tmp_path / "unhooked.py"
-    copy.write_text(source.replace("    sys.addaudithook(", "    str("))
-    monkeypatch.setattr(execution, "__file__", str(copy))
+    """Without the audit hook a program forks a process with a session of its own."""
+    without(monkeypatch, tmp_path, HOOK, FILES)
     code = f"""
         import os, time
         if os.fork() == 0:
@@ -206,6 +226,229 @@ def test_a_child_that_left_the_group_dies_with_the_program(monkeypatch, tmp_path
     assert grown > 0
     time.sleep(0.3)
     assert (tmp_path / "alive").stat().st_size == grown
+
+
+def harm(code: str, folder: Path, *, seconds: float = 5.0) -> subprocess.CompletedProcess[str]:
+    """What a program does in a plain Python process: the harm that is to be contained."""
+    command = [sys.executable, "-I", "-S", "-c", textwrap.dedent(code)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+FORK_BOMB = """
+    import os, time
+    children = []
+    for _ in range(60):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(0.2)
+            os._exit(0)
+        children.append(pid)
+    print(len(children), flush=True)
+    for pid in children:
+        os.waitpid(pid, 0)
+    """
+
+
+def test_attack_fork_bomb(tmp_path):
+    assert harm(FORK_BOMB, tmp_path).stdout == "60\n"
+    result = run(FORK_BOMB)
+    assert result.stdout == ""
+    assert "os.fork is refused" in result.stderr
+
+
+@needs_namespaces
+def test_attack_fork_bomb_that_outlives_its_parent(monkeypatch, tmp_path):
+    """Without the hook the processes exist, but only as long as the program may run."""
+    code = """
+        import os, time
+        for _ in range(20):
+            if os.fork() == 0:
+                os.setsid()
+                time.sleep(97.125)
+                os._exit(0)
+        time.sleep(97.125)
+        """
+    before = count_sleepers()
+    without(monkeypatch, tmp_path, HOOK)
+    assert run(code, timeout=0.5).timed_out
+    time.sleep(0.2)
+    assert count_sleepers() == before
+
+
+def count_sleepers() -> int:
+    """Processes that run a program of these tests."""
+    found = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            found += b"weakened.py" in (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit the address space")
+def test_attack_memory(monkeypatch, tmp_path):
+    code = "block = bytearray(400 * 2**20)\nprint(len(block))"
+    assert harm(code, tmp_path).stdout == f"{400 * 2**20}\n"
+    assert "MemoryError" in run(code).stderr
+
+
+def test_attack_endless_loop(tmp_path):
+    code = "while True: pass"
+    with pytest.raises(subprocess.TimeoutExpired):
+        harm(code, tmp_path, seconds=0.5)
+    assert run(code, timeout=0.5).timed_out
+
+
+def test_attack_sockets(monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(2.0)
+        code = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1).send(b'stolen')"
+        harm(code, tmp_path)
+        with server.accept()[0] as connection:
+            assert connection.recv(9) == b"stolen"
+        server.settimeout(0.2)
+        assert "PermissionError" in run(code).stderr
+        if has_landlock or len(namespace_command()) > 2:  # the system itself refuses too
+            without(monkeypatch, tmp_path, HOOK)
+            assert "Error" in run(code).stderr
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+READS_HOME = """
+    import os
+    print(open(PATH).read(), os.listdir(os.path.dirname(PATH)))
+    """
+
+
+def test_attack_reading_the_home_folder(tmp_path):
+    (tmp_path / "home").mkdir()
+    secret = tmp_path / "home" / "id_rsa"
+    secret.write_text("PRIVATE KEY")
+    code = f"PATH = {str(secret)!r}\n" + textwrap.dedent(READS_HOME)
+    assert harm(code, tmp_path).stdout == "PRIVATE KEY ['id_rsa']\n"
+    for line in (
+        "open(PATH)",
+        "import os; os.open(PATH, os.O_RDONLY)",
+        "import os; os.listdir(os.path.dirname(PATH))",
+    ):
+        result = run(f"PATH = {str(secret)!r}\n{line}")
+        assert "PermissionError" in result.stderr
+        assert "PRIVATE" not in result.stdout + result.stderr
+
+
+@needs_landlock
+def test_attack_reading_the_home_folder_is_refused_by_the_kernel(monkeypatch, tmp_path):
+    secret = tmp_path / "id_rsa"
+    secret.write_text("PRIVATE KEY")
+    code = f"PATH = {str(secret)!r}\n" + textwrap.dedent(READS_HOME)
+    without(monkeypatch, tmp_path, HOOK, FILES)
+    assert "PRIVATE KEY" in run(code).stdout
+    monkeypatch.undo()
+    without(monkeypatch, tmp_path, HOOK)
+    assert "Permission denied" in run(code).stderr
+
+
+KILLS = "import os, signal\nos.kill(PID, signal.SIGTERM)\nprint('killed')"
+
+
+def test_attack_killing_the_parent(monkeypatch, tmp_path):
+    """A process that stands for the parent: the harm is shown on one, the others must live on."""
+    victims = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    try:
+        assert harm(f"PID = {victims[0].pid}\n{KILLS}", tmp_path).stdout == "killed\n"
+        assert victims[0].wait(timeout=5) != 0
+        assert "os.kill is refused" in run(f"PID = {victims[1].pid}\n{KILLS}").stderr
+        assert "os.kill is refused" in run(KILLS.replace("PID", "os.getppid()")).stderr
+        if has_landlock or len(namespace_command()) > 5:  # the system itself refuses too
+            without(monkeypatch, tmp_path, HOOK)
+            assert "Error" in run(f"PID = {victims[2].pid}\n{KILLS}").stderr
+        assert [victim.poll() for victim in victims[1:]] == [None, None]
+    finally:
+        for victim in victims:
+            victim.kill()
+            victim.wait()
+
+
+def test_attack_huge_output(tmp_path):
+    code = "import sys\nfor _ in range(300): sys.stdout.write('x' * 100_000)"
+    assert len(harm(code, tmp_path).stdout) == 30_000_000
+    result = run(code, output_bytes=1000)
+    assert result.truncated
+    assert len(result.stdout) == 1000
+
+
+# Undoes the hook from the hook's own frame, reached through the traceback of a refusal, then writes outside.
+FRAME_ESCAPE = """
+    import builtins, os, posixpath, sys
+    def reach():
+        try:
+            open(PATH, "w")
+        except PermissionError as error:
+            trace = error.__traceback__
+            while trace.tb_next:
+                trace = trace.tb_next
+            return trace.tb_frame
+    frame = reach()
+    names = {} if frame is None else frame.f_globals
+    for name in ("REFUSED_EVENTS", "CHANGED_PATHS", "LISTED_PATHS", "REFUSED_IMPORTS"):
+        names[name] = type(names[name])() if name in names else ()
+    names["_refuse"] = names["make_hook"] = lambda *arguments: None
+    ESCAPE
+    open(PATH, "w").write("escaped")
+    print("out")
+    """
+# The same by what the hook calls: `realpath` is made to find every path inside.
+PATCHED_REALPATH = """
+here = os.getcwd()
+posixpath.abspath = lambda path: here + "/x"
+"""
+
+
+def write_escape(path: Path, more: str = "") -> str:
+    return f"PATH = {str(path)!r}\n" + textwrap.dedent(FRAME_ESCAPE).replace("ESCAPE", more.strip())
+
+
+def test_attack_frames(monkeypatch, tmp_path):
+    target = tmp_path / "target"
+    code = write_escape(target)
+    assert "out" in harm(code.replace("reach()\nnames", "None\nnames"), tmp_path).stdout
+    assert target.read_text() == "escaped"
+    target.unlink()
+    assert "PermissionError" in run(code).stderr
+    assert not target.exists()
+
+
+@needs_landlock
+def test_attack_frames_that_deceive_the_hook_meet_the_kernel(monkeypatch, tmp_path):
+    target = tmp_path / "target"
+    code = write_escape(target, PATCHED_REALPATH)
+    without(monkeypatch, tmp_path, FILES)
+    assert run(code).stdout == "out\n"  # the hook alone is deceived
+    assert target.read_text() == "escaped"
+    target.unlink()
+    monkeypatch.undo()
+    assert "Permission denied" in run(code).stderr
+    assert not target.exists()
+
+
+CTYPES = "import ctypes\nprint(ctypes.CDLL(None).getpid())"
+
+
+def test_attack_ctypes(monkeypatch, tmp_path):
+    assert int(harm(CTYPES, tmp_path).stdout) > 0
+    for code in (CTYPES, "import _ctypes", "from ctypes import util", "import sys; sys.modules['ctypes']"):
+        result = run(code)
+        assert not result.success
+        assert result.stdout == ""
+    native = f"import ctypes\nlibc = ctypes.CDLL(None)\nprint(libc.creat({str(tmp_path / 'made').encode()!r}, 0o600))"
+    assert int(harm(native, tmp_path).stdout) > 0
+    if has_landlock:  # native code is under the kernel's rules, not the hook's
+        (tmp_path / "made").unlink()
+        without(monkeypatch, tmp_path, HOOK)
+        assert run(native).stdout == "-1\n"
+        assert not (tmp_path / "made").exists()
 
 
 def test_without_namespaces_one_warning_and_the_rest_holds(monkeypatch, caplog):

@@ -11,7 +11,9 @@ from chatmodel.fp8 import build_fp8_converter, check_fp8
 from chatmodel.runtime import UserError
 from chatmodel.training_layers import TrainingLayers
 
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed (the extra fp8)")
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed (the extra fp8)"
+)
 
 
 @needs_torchao

@@ -1,15 +1,16 @@
 """What a user types never becomes a control token, whichever way it goes to the model."""
 
-import importlib.util
 import io
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import pipeline
 
+from chatmodel.chat.conversation import Sampling
+from chatmodel.chat.terminal import Terminal
 from chatmodel.conversations.render import render_conversation, render_prompt
+from chatmodel.decoding.engine import Decoder
 from chatmodel.generation import ReplyStreamer, generate_replies, parse_reply, split_marks, stream_reply
 from chatmodel.tokenizer import SPECIAL_TOKENS
 
@@ -40,7 +41,13 @@ def prompts(chat_model, monkeypatch):
         seen.append((args[0] if args else kwargs["input_ids"])[0].tolist())
         return generate(*args, **kwargs)
 
+    def watch_decoding(decoder, requests, sampling):
+        seen.extend(list(request.prompt) for request in requests)
+        return decode(decoder, requests, sampling)
+
+    decode = Decoder.decode
     monkeypatch.setattr(chat_model, "generate", watch)
+    monkeypatch.setattr(Decoder, "decode", watch_decoding)
     return seen
 
 
@@ -67,13 +74,10 @@ def test_streamed_replies(chat_model, tokenizer, controls, prompts):
 
 
 def test_the_terminal(chat_model, tokenizer, controls, prompts):
-    script = Path(__file__).parents[1] / "scripts" / "chat_cli.py"
-    specification = importlib.util.spec_from_file_location("chat_cli", script)
-    chat_cli = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(chat_cli)
-    chat = chat_cli.Chat(ATTACK, {"temperature": 0.0, "max_new_tokens": 1})  # as the system message too
-    chat.messages = QUESTION.copy()
-    chat_cli.answer(Console(file=io.StringIO()), chat_model, tokenizer, chat)
+    sampling = Sampling(temperature=0.0, max_new_tokens=1)
+    console = Console(file=io.StringIO())
+    terminal = Terminal(chat_model, tokenizer, system=ATTACK, sampling=sampling, console=console)
+    terminal.take_turn(ATTACK)
     assert controls(prompts[0]) == ONE_TURN
 
 

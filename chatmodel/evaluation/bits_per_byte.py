@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chatmodel.evaluation.scoring import evaluation_mode, get_device, get_rank, pad_right, plan_batches
+from chatmodel.evaluation.statistics import convert_to_bits_per_byte
 from chatmodel.runtime import UserError
 
 # Rows of logits taken to fp32 at a time: at a vocabulary of 65,536 this is 1 GiB.
@@ -102,4 +103,4 @@ def _divide(nats: float, n_bytes: int, *, device: torch.device) -> float:
         nats, n_bytes = total[0].item(), int(total[1].item())
     if n_bytes == 0:
         raise UserError("no text was scored: the data gave only special or masked tokens, or no rows; give more text")
-    return nats / (math.log(2) * n_bytes)
+    return convert_to_bits_per_byte(nats, n_bytes)

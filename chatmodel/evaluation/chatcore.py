@@ -1,8 +1,4 @@
-"""How much has a chat model learned? ChatCORE: the mean centered accuracy over six tasks.
-
-Questions, prompts, subsets and baselines are nanochat's, so that the metric is comparable with its.
-Source: karpathy/nanochat scripts/chat_eval.py and tasks/*.py@c75fe54.
-"""
+"""How much has a chat model learned? ChatCORE: the mean centered accuracy over six tasks."""
 
 import time
 from collections.abc import Sequence
@@ -14,18 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from chatmodel.conversations.answers import check_answer
-from chatmodel.conversations.datasets import (
-    DataAbsent,
-    load_task_rows,
-    load_word_list,
-    task_letters,
-    task_messages,
+from chatmodel.conversations.datasets import DataAbsent
+from chatmodel.conversations.render import Messages
+from chatmodel.evaluation.chat_tasks import (
+    BASELINES,
+    cut_prompt,
+    example_letters,
+    is_categorical,
+    load_chat_examples,
+    render_chat_prompts,
 )
-from chatmodel.conversations.generated import generate_conversation
-from chatmodel.conversations.render import Messages, render_prompt
+from chatmodel.evaluation.decisions import KeptDecisions, hash_values
 from chatmodel.evaluation.humaneval import build_program, run_programs
 from chatmodel.evaluation.scoring import (
     evaluation_mode,
+    find_hard_limit,
     fits_context,
     get_device,
     pad_right,
@@ -33,13 +32,9 @@ from chatmodel.evaluation.scoring import (
     share_decisions,
     show_progress,
 )
-from chatmodel.evaluation.statistics import log_task, mean_stderr, summarize_task
+from chatmodel.evaluation.statistics import log_task, summarize_score, summarize_task
 from chatmodel.generation import generate_replies
 from chatmodel.runtime import UserError, logger
-
-# Accuracy by chance: one of four letters, or an open answer.
-BASELINES = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0, "SpellingBee": 0.0}
-SPELLING_BEE_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,7 @@ def evaluate_chatcore(
     folder: Path | None = None,
     limits: ChatLimits | None = None,
     run_generated_code: bool = False,
+    kept: KeptDecisions | None = None,
 ) -> dict[str, Any]:
     """ChatCORE and per task accuracy and centered accuracy, each with its standard error, and examples and seconds.
 
@@ -68,10 +64,9 @@ def evaluate_chatcore(
         folder: files of the data sets, looked in before the Hub.
         run_generated_code: HumanEval runs programs that the model wrote, contained but not in a sandbox that keeps
             evil out (see `chatmodel.execution`), so it wants to be asked for.
+        kept: decisions of an earlier start, which are not made again, and where new ones are kept.
     """
     limits = limits or ChatLimits()
-    if limits.max_per_task is not None and limits.max_per_task < 1:
-        raise UserError(f"max_per_task is {limits.max_per_task}; give a number from 1 on, or leave it out for all")
     tasks: dict[str, dict[str, Any]] = {}
     for name, baseline in BASELINES.items():
         if name == "HumanEval" and not run_generated_code:
@@ -79,24 +74,40 @@ def evaluate_chatcore(
             tasks[name] = {"not_run": reason, "how": "evaluate again with --run_generated_code"}
             continue
         try:
-            started = time.perf_counter()
-            right = decide_chat_task(name, model, tokenizer, folder=folder, limits=limits)
-            tasks[name] = summarize_task(right, baseline=baseline, seconds=time.perf_counter() - started)
+            right, seconds = _decide_once(name, model, tokenizer, folder=folder, limits=limits, kept=kept)
+            tasks[name] = summarize_task(right, baseline=baseline, seconds=seconds)
             log_task(name, tasks[name])
         except DataAbsent as absent:
             tasks[name] = {"not_run": f"data absent: {absent.reason}", "how": absent.how}
     return {**_take_mean(tasks), "max_per_task": limits.max_per_task, "tasks": tasks}
 
 
-def _take_mean(tasks: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+def _decide_once(
+    name: str, model: Any, tokenizer: Any, *, folder: Path | None, limits: ChatLimits, kept: KeptDecisions | None
+) -> tuple[list[bool], float]:
+    """(whether each example is right, seconds), as kept from an earlier start, or new."""
+    kept = kept or KeptDecisions.nowhere()
+    examples = load_chat_examples(name, folder=folder, max_per_task=limits.max_per_task)
+    key = hash_values([name, limits.max_new_tokens, [example.messages for example in examples]])
+    found = kept.find(key)
+    if found is not None:
+        logger.info("%s: decided already, as %s says", name, kept.path)
+        return found
+    started = time.perf_counter()
+    right = decide_chat_task(name, model, tokenizer, folder=folder, limits=limits)
+    seconds = time.perf_counter() - started
+    kept.keep(key, name, right, seconds)
+    return right, seconds
+
+
+def _take_mean(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     missing = [name for name, task in tasks.items() if "not_run" in task]
     if missing:
         logger.info("ChatCORE: not known without %s", ", ".join(missing))
         return {"chatcore": None, "stderr": None}
-    chatcore = sum(task["centered"] for task in tasks.values()) / len(tasks)
-    stderr = mean_stderr([task["centered_stderr"] for task in tasks.values()])
-    logger.info("ChatCORE %.4f ± %.4f", chatcore, stderr)
-    return {"chatcore": chatcore, "stderr": stderr}
+    summary = summarize_score(tasks)
+    logger.info("ChatCORE %.4f ± %.4f", summary["score"], summary["stderr"])
+    return {"chatcore": summary.pop("score"), **summary}
 
 
 def decide_chat_task(name: str, model: Any, tokenizer: Any, *, folder: Path | None, limits: ChatLimits) -> list[bool]:
@@ -105,32 +116,24 @@ def decide_chat_task(name: str, model: Any, tokenizer: Any, *, folder: Path | No
     Raises:
         DataAbsent: the task's data is neither in the folder nor on a Hub in reach.
     """
-    if name == "SpellingBee":
-        words = load_word_list(folder)
-        rows: Sequence[dict[str, Any]] = []
-        conversations = [
-            generate_conversation(name, index, split="test", words=words)
-            for index in range(min(SPELLING_BEE_SIZE, limits.max_per_task or SPELLING_BEE_SIZE))
-        ]
-    else:
-        every = load_task_rows(name, "test", folder)
-        rows = [every[index] for index in range(min(len(every), limits.max_per_task or len(every)))]
-        conversations = [task_messages(name, row) for row in rows]
+    examples = load_chat_examples(name, folder=folder, max_per_task=limits.max_per_task)
 
     def decide(indices: range) -> list[bool]:
-        chosen = [conversations[index] for index in indices]
-        if BASELINES[name] > 0:
-            letters = [task_letters(name, rows[index]) for index in indices]
+        chosen = [examples[index].messages for index in indices]
+        if is_categorical(name):
+            letters = [example_letters(name, examples[index]) for index in indices]
             answers = choose_letters(model, tokenizer, chosen, letters, batch_tokens=limits.batch_tokens, label=name)
             return [answer == messages[-1]["content"] for answer, messages in zip(answers, chosen, strict=True)]
         replies = write_replies(model, tokenizer, chosen, limits=limits, label=name)
         if name == "HumanEval":
-            programs = [build_program(rows[index], reply) for index, reply in zip(indices, replies, strict=True)]
+            programs = [
+                build_program(examples[index].row, reply) for index, reply in zip(indices, replies, strict=True)
+            ]
             with show_progress("HumanEval tests", unit="program", total=len(programs)) as progress:
                 return [result.success for result in run_programs(programs, progress=progress)]
         return [check_answer(messages, reply) for messages, reply in zip(chosen, replies, strict=True)]
 
-    return share_decisions(len(conversations), decide, device=get_device(model))
+    return share_decisions(len(examples), decide, device=get_device(model))
 
 
 def choose_letters(
@@ -147,15 +150,23 @@ def choose_letters(
     A prompt beyond the model's context loses its end, as nanochat's beyond 2,048 tokens do.
     """
     letter_ids = find_letter_ids(tokenizer, {letter for allowed in letters for letter in allowed})
-    prompts = [_cut_prompt(ids, model) for ids in _render_prompts(tokenizer, conversations)]
+    context = getattr(model.config, "max_position_embeddings", None)
+    limit = find_hard_limit(model)
+    prompts = [cut_prompt(ids, context, hard_limit=limit) for ids in render_chat_prompts(tokenizer, conversations)]
     chosen = [""] * len(prompts)
+    columns = {letter: column for column, letter in enumerate(letter_ids)}
+    wanted = torch.tensor(list(letter_ids.values()), device=get_device(model))
+    batches = plan_batches([len(ids) for ids in prompts], batch_tokens=batch_tokens)
+    found = []
     with evaluation_mode(model), show_progress(label, unit="example", total=len(prompts)) as progress:
-        for batch in plan_batches([len(ids) for ids in prompts], batch_tokens=batch_tokens):
-            logits = _predict_next(model, [prompts[index] for index in batch])
-            for index, row in zip(batch, logits, strict=True):
-                ids = [letter_ids[letter] for letter in letters[index]]
-                chosen[index] = letters[index][int(row[ids].argmax())]
+        for batch in batches:
+            found.append(_predict_next(model, [prompts[index] for index in batch], wanted))
             progress.update(len(batch))
+    # Fetched together at the end, so that a GPU is never waited for in between.
+    for batch, logits in zip(batches, found, strict=True):
+        for index, row in zip(batch, logits.cpu(), strict=True):
+            allowed = row[[columns[letter] for letter in letters[index]]]
+            chosen[index] = letters[index][int(allowed.argmax())]
     return chosen
 
 
@@ -174,30 +185,21 @@ def find_letter_ids(tokenizer: Any, letters: set[str]) -> dict[str, int]:
     return found
 
 
-def _render_prompts(tokenizer: Any, conversations: Sequence[Messages]) -> list[list[int]]:
-    return [render_prompt(tokenizer, messages[:-1]) for messages in conversations]
-
-
-def _cut_prompt(ids: list[int], model: Any) -> list[int]:
-    context = getattr(model.config, "max_position_embeddings", None)
-    return ids if context is None or len(ids) <= context else [*ids[:context], ids[-1]]
-
-
-def _predict_next(model: nn.Module, prompts: Sequence[list[int]]) -> Tensor:
-    """(B, V) logits behind each prompt."""
+def _predict_next(model: nn.Module, prompts: Sequence[list[int]], wanted: Tensor) -> Tensor:
+    """(B, tokens) logits behind each prompt, of the `wanted` tokens alone."""
     device = get_device(model)
     last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
     positions, places = torch.unique(last, return_inverse=True)
     input_ids = pad_right(prompts, device=device)
     logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits  # (B, K, V)
-    return logits[torch.arange(len(prompts), device=device), places].float().cpu()
+    return logits[torch.arange(len(prompts), device=device), places][:, wanted].float()
 
 
 def write_replies(
     model: Any, tokenizer: Any, conversations: Sequence[Messages], *, limits: ChatLimits, label: str
 ) -> list[str]:
     """The model's greedy reply to each conversation in place of its last message; "" where the prompt is too long."""
-    prompts = _render_prompts(tokenizer, conversations)
+    prompts = render_chat_prompts(tokenizer, conversations)
     fitting = [index for index, ids in enumerate(prompts) if fits_context(model, ids)]
     if len(fitting) < len(prompts):
         logger.warning(

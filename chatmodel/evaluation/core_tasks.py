@@ -9,19 +9,23 @@ import csv
 import json
 import random
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from chatmodel.evaluation.batches import common_length
+from chatmodel.evaluation.bundle import HOW_TO_GET_BUNDLE, open_bundle
 from chatmodel.evaluation.scoring import Request
 from chatmodel.runtime import UserError
 
-BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-HOW_TO_GET_BUNDLE = f"curl -LO {BUNDLE_URL}, then --eval_bundle eval_bundle.zip"
 KINDS = ("multiple_choice", "schema", "language_modeling")
+# Of 22 baselines in percent, the three that DCLM corrected after nanochat took them over: the share of the most
+# frequent answer where the answers are uneven, else one of the choices.
+# Source: mlfoundations/dclm issue 114 (6 Sept 2025).
+DCLM_CORRECTIONS = {"commonsense_qa": 40.3, "agi_eval_lsat_ar": 25.0, "bigbench_language_identification": 25.0}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class CoreTask:
 
     `kind` is `multiple_choice` (query, choices, gold), `schema` (context_options, continuation, gold) or
     `language_modeling` (context, continuation). `baseline` is the share of right answers by chance.
+    `dclm_baseline` is that in DCLM's corrected table.
     """
 
     label: str
@@ -38,6 +43,10 @@ class CoreTask:
     delimiter: str
     baseline: float
     examples: list[dict[str, Any]]
+
+    @property
+    def dclm_baseline(self) -> float:
+        return 0.01 * DCLM_CORRECTIONS.get(self.label, 100 * self.baseline)
 
 
 def load_core_tasks(bundle: Path, *, max_per_task: int | None = None) -> Iterator[CoreTask]:
@@ -48,7 +57,7 @@ def load_core_tasks(bundle: Path, *, max_per_task: int | None = None) -> Iterato
     """
     if max_per_task is not None and max_per_task < 1:
         raise UserError(f"max_per_task is {max_per_task}; give a number from 1 on, or leave it out for all examples")
-    root = _open_bundle(bundle)
+    root = open_bundle(bundle)
     try:
         entries = yaml.safe_load((root / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
         table = csv.DictReader((root / "eval_meta_data.csv").read_text(encoding="utf-8").splitlines())
@@ -62,20 +71,6 @@ def load_core_tasks(bundle: Path, *, max_per_task: int | None = None) -> Iterato
         raise UserError(
             f"the CORE bundle {bundle} is incomplete or damaged ({message}); {HOW_TO_GET_BUNDLE}"
         ) from None
-
-
-def _open_bundle(bundle: Path) -> Any:
-    """The folder with core.yaml, as a `Path` or a `zipfile.Path`; it may lie one level down in `eval_bundle/`."""
-    if not bundle.exists():
-        raise UserError(f"the CORE bundle {bundle} does not exist; {HOW_TO_GET_BUNDLE}")
-    try:
-        root: Any = bundle if bundle.is_dir() else zipfile.Path(bundle)
-    except zipfile.BadZipFile:
-        raise UserError(f"the CORE bundle {bundle} is neither a folder nor a zip file; {HOW_TO_GET_BUNDLE}") from None
-    for folder in (root, root / "eval_bundle"):
-        if (folder / "core.yaml").exists():
-            return folder
-    raise UserError(f"the CORE bundle {bundle} holds no core.yaml; {HOW_TO_GET_BUNDLE}")
 
 
 def _load_task(root: Any, entry: dict[str, Any], baselines: dict[str, float], max_per_task: int | None) -> CoreTask:
@@ -122,11 +117,14 @@ def _render_shot(task: CoreTask, shot: dict[str, Any]) -> str:
     return f"{shot['context'].strip()}{task.delimiter}{shot['continuation']}"
 
 
-def build_requests(kind: str, encoded: list[list[int]], *, max_length: int | None = None) -> list[Request]:
+def build_requests(kind: str, encoded: Sequence[Any], *, max_length: int | None = None) -> list[Request]:
     """What is scored of an example's encoded prompts: one request per choice, or one for language modelling.
 
     The choices of a question share their beginning, so all after it is scored; schema options share their end, which
     is scored; in language modelling it is what the continuation adds. With `max_length`, only the last tokens stay.
+
+    Args:
+        encoded: ids of each prompt, as lists or arrays.
     """
     if kind == "schema":
         shared = common_length([ids[::-1] for ids in encoded])
@@ -137,16 +135,7 @@ def build_requests(kind: str, encoded: list[list[int]], *, max_length: int | Non
     return [_cut(ids, start, max_length) for ids, start in (pairs[1:] if kind == "language_modeling" else pairs)]
 
 
-def _cut(ids: list[int], start: int, max_length: int | None) -> Request:
+def _cut(ids: Any, start: int, max_length: int | None) -> Request:
     removed = 0 if max_length is None else max(0, len(ids) - max_length)
-    return Request(tuple(ids[removed:]), max(1, start - removed))
-
-
-def common_length(sequences: list[list[int]]) -> int:
-    """How many leading items all sequences have in common."""
-    length = 0
-    for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
-            break
-        length += 1
-    return length
+    kept = tuple(ids[removed:]) if isinstance(ids, list) else ids[removed:]
+    return Request(kept, max(1, start - removed))

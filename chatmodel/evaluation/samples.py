@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from chatmodel.conversations.render import Messages, render_prompt
+from chatmodel.conversations.render import Messages
+from chatmodel.evaluation.chat_tasks import render_chat_prompt
 from chatmodel.evaluation.scoring import encode_texts, fits_context
 from chatmodel.evaluation.skills import write_reference
 from chatmodel.generation import generate_replies
@@ -56,7 +57,7 @@ def hold_sample_chats(
         prompts: dict[int, list[int]] = {}
         for index in (index for index in open_chats if turn < len(questions[index])):
             chats[index].append({"role": "user", "content": questions[index][turn]})
-            prompts[index] = render_prompt(tokenizer, chats[index])
+            prompts[index] = render_chat_prompt(tokenizer, chats[index])
         fitting = [index for index, ids in prompts.items() if fits_context(model, ids)]
         replies = generate_replies(model, tokenizer, [prompts[i] for i in fitting], max_new_tokens=max_new_tokens)
         for index, reply in zip(fitting, replies, strict=True):

@@ -1,13 +1,11 @@
-"""How likely does a model find given continuations? Many at once, with logits only where they are needed."""
+"""What do all evaluations share? Requests and scores, ranks, progress, prompts as ids, batches of similar lengths."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -15,9 +13,9 @@ from chatmodel.runtime import UserError
 
 
 class Request(NamedTuple):
-    """A text from its first token on, and the index (at least 1) of the first token to be scored."""
+    """A text from its first token on (any sequence of ids), and the index (at least 1) of the first token scored."""
 
-    tokens: tuple[int, ...]
+    tokens: Any
     start: int
 
 
@@ -62,6 +60,12 @@ def find_hard_limit(model: Any) -> int | None:
 def get_rank() -> tuple[int, int]:
     """(rank, world size) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait_for_ranks() -> None:
+    """Go on when all ranks have come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def share_decisions(count: int, decide: Callable[[range], list[bool]], *, device: torch.device) -> list[bool]:
@@ -118,40 +122,3 @@ def pad_right(sequences: Sequence[Sequence[int]], *, device: torch.device) -> Te
     width = max(len(sequence) for sequence in sequences)
     rows = [[*sequence, *([0] * (width - len(sequence)))] for sequence in sequences]
     return torch.tensor(rows, dtype=torch.long, device=device)
-
-
-def score_requests(
-    model: nn.Module, requests: Sequence[Request], *, batch_tokens: int, progress: "tqdm[Any] | None" = None
-) -> list[Score]:
-    """The score of each request, in order; equal requests are computed once, so that equal choices tie exactly."""
-    unique = list(dict.fromkeys(requests))
-    scores: dict[Request, Score] = {}
-    with evaluation_mode(model):
-        for batch in plan_batches([len(request.tokens) for request in unique], batch_tokens=batch_tokens):
-            members = [unique[index] for index in batch]
-            scores |= zip(members, _score_batch(model, members), strict=True)
-            if progress is not None:
-                progress.update(len(members))
-    return [scores[request] for request in requests]
-
-
-def _score_batch(model: nn.Module, batch: Sequence[Request]) -> list[Score]:
-    device = get_device(model)
-    input_ids = pad_right([request.tokens for request in batch], device=device)
-    starts = torch.tensor([request.start for request in batch], device=device)[:, None]
-    ends = torch.tensor([len(request.tokens) for request in batch], device=device)[:, None]
-    # Position p predicts token p + 1. The model computes logits for the span that some request needs; each request
-    # then picks its own positions.
-    first = min(request.start for request in batch) - 1
-    positions = torch.arange(first, input_ids.shape[1] - 1, device=device)  # (K,)
-    needed = (positions >= starts - 1) & (positions < ends - 1)  # (B, K)
-    # logits_to_keep is the one public way to the head's own logits (soft cap, scale and all) at chosen positions.
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits[needed].float()  # (N, V)
-    targets = input_ids[:, first + 1 :][needed]
-    losses = F.cross_entropy(logits, targets, reduction="none").cpu()
-    hits = (logits.argmax(dim=-1) == targets).cpu()
-    counts = needed.sum(dim=1).tolist()
-    return [
-        Score(loss.mean().item() if len(loss) else math.nan, bool(hit.all()))
-        for loss, hit in zip(torch.split(losses, counts), torch.split(hits, counts), strict=True)
-    ]

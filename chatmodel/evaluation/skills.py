@@ -14,9 +14,10 @@ from chatmodel.conversations.generated import (
 from chatmodel.conversations.identity import Identity
 from chatmodel.conversations.render import Messages, render_conversation, render_prompt
 from chatmodel.data.words import load_words
+from chatmodel.evaluation.chat_tasks import has_turn_marks
 from chatmodel.evaluation.chatcore import ChatLimits, write_replies
 from chatmodel.evaluation.scoring import get_device, share_decisions
-from chatmodel.evaluation.statistics import binomial_stderr
+from chatmodel.evaluation.statistics import binomial_stderr, pack_decisions
 from chatmodel.runtime import UserError, logger
 
 
@@ -30,7 +31,7 @@ def evaluate_skills(
     identity: Identity | None = None,
     limits: ChatLimits | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """For each skill: `accuracy`, `correct`, `n`, `stderr`, and `chance`, what the best single reply would score.
+    """For each skill `accuracy`, `correct`, `n`, `stderr`, `decisions`, and `chance`, what one fixed reply scores.
 
     Chance is defined by the reference replies: the share of questions that one of them, always given, would answer.
     For counting that is the share of the most common count; for spelling it is next to nothing.
@@ -88,11 +89,20 @@ def _evaluate_skill(
     stderr = binomial_stderr(accuracy, len(right))
     chance = measure_chance(name, conversations, identity=identity)
     logger.info("%s: %d of %d right, chance %.3f", name, sum(right), len(right), chance)
-    return {"accuracy": accuracy, "correct": sum(right), "n": len(right), "stderr": stderr, "chance": chance}
+    return {
+        "accuracy": accuracy,
+        "correct": sum(right),
+        "n": len(right),
+        "stderr": stderr,
+        "chance": chance,
+        "decisions": pack_decisions(right),
+    }
 
 
 def measure_reply(tokenizer: Any, messages: Messages) -> int:
     """Tokens of the reference reply, with the end token."""
+    if not has_turn_marks(tokenizer):
+        return len(tokenizer.encode(write_reference(messages), add_special_tokens=False)) + 1
     whole = len(render_conversation(tokenizer, messages).input_ids)
     return whole - len(render_prompt(tokenizer, messages[:-1]))
 

@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 from chatmodel.conversations.generated import GENERATED_TASKS, WORD_TASKS
 from chatmodel.conversations.identity import load_identity
-from chatmodel.conversations.render import render_prompt
 from chatmodel.data.rows import validation_rows
 from chatmodel.data.store import TokenStore
 from chatmodel.data.words import load_words
 from chatmodel.evaluation.bits_per_byte import bits_per_byte, document_bits_per_byte
+from chatmodel.evaluation.bundle import HOW_TO_GET_BUNDLE, find_place, is_address
+from chatmodel.evaluation.chat_tasks import render_chat_prompt
 from chatmodel.evaluation.chatcore import ChatLimits, evaluate_chatcore
 from chatmodel.evaluation.core import evaluate_core
-from chatmodel.evaluation.core_tasks import HOW_TO_GET_BUNDLE
+from chatmodel.evaluation.decisions import KeptDecisions
 from chatmodel.evaluation.samples import complete_sample_prompts, hold_sample_chats
 from chatmodel.evaluation.scoring import find_hard_limit, get_device, get_rank, show_progress
 from chatmodel.evaluation.skills import evaluate_skills
@@ -28,8 +29,9 @@ from chatmodel.tokenizer import token_byte_lengths
 
 T = TypeVar("T")
 STAGES = ("base", "mid", "sft", "rl")
-# Tokens in a padded batch: what fits beside the logits of a large vocabulary.
-BATCH_TOKENS = {"cuda": 16_384, "mps": 8192, "cpu": 4096}
+# Tokens in a padded batch; and where every token has its logits, which a large vocabulary makes large.
+BATCH_TOKENS = {"cuda": 32_768, "mps": 8192, "cpu": 4096}
+LOGIT_TOKENS = 16_384
 
 
 @dataclass
@@ -41,7 +43,9 @@ class EvalArguments:
     model: str | None = field(default=None, metadata={"help": "Instead of a run: a model folder or Hub name."})
     output: Path | None = field(default=None, metadata={"help": "With --model: the JSON file to write."})
     trust_remote_code: bool = field(default=False, metadata={"help": "With --model: run the model's own code."})
-    eval_bundle: Path | None = field(default=None, metadata={"help": "CORE's data: a zip file or a folder."})
+    eval_bundle: str | None = field(
+        default=None, metadata={"help": "CORE's data: a zip file, a folder or an address; #sha256=... is checked."}
+    )
     chatcore: Path | None = field(default=None, metadata={"help": "ChatCORE's data, looked in before the Hub."})
     max_per_task: int | None = field(default=None, metadata={"help": "Examples per benchmark task; all if left out."})
     eval_tokens: int = field(default=20 * 524_288, metadata={"help": "Tokens per split for bits per byte."})
@@ -68,7 +72,9 @@ class EvalArguments:
             raise UserError("give either --run_dir (and --stage), or --model and --output")
         if self.model is not None and self.output is None:
             raise UserError("--model needs --output, the JSON file that the results are written to")
-        if self.eval_bundle is not None and not self.eval_bundle.exists():
+        if self.eval_bundle is not None and not (
+            is_address(self.eval_bundle) or find_place(self.eval_bundle).exists()
+        ):
             raise UserError(f"eval_bundle {self.eval_bundle} does not exist; leave it out, or {HOW_TO_GET_BUNDLE}")
         for name in ("max_per_task", "max_length", "batch_tokens", "eval_tokens", "document_tokens", "batch_size"):
             value = getattr(self, name)
@@ -76,16 +82,31 @@ class EvalArguments:
                 raise UserError(f"{name}={value} must be at least 1")
 
 
-def evaluate_stage(args: EvalArguments, run: Run | None, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The metrics of `args.stage` (see `runs`); without a run those that a model alone can give."""
+def find_decisions(args: EvalArguments, run: Run | None) -> Path:
+    """Where decisions are kept until the result is written, beside it."""
+    if run is not None:
+        return run.folder("results") / f"{args.stage}_eval.decisions"
+    assert args.output is not None
+    return args.output.with_suffix(".decisions")
+
+
+def evaluate_stage(
+    args: EvalArguments, run: Run | None, model: Any, tokenizer: Any, *, kept: KeptDecisions | None = None
+) -> dict[str, Any]:
+    """The metrics of `args.stage` (see `runs`); without a run those that a model alone can give.
+
+    Args:
+        kept: decisions of an earlier start, which are not made again, and where new ones are kept.
+    """
+    kept = kept or KeptDecisions.nowhere()
     batch_tokens = args.batch_tokens or BATCH_TOKENS.get(get_device(model).type, BATCH_TOKENS["cpu"])
     if args.stage == "base":
-        return evaluate_base(args, run, model, tokenizer, batch_tokens)
-    return evaluate_chat(args, run, model, tokenizer, batch_tokens)
+        return evaluate_base(args, run, model, tokenizer, batch_tokens, kept)
+    return evaluate_chat(args, run, model, tokenizer, batch_tokens, kept)
 
 
 def evaluate_base(
-    args: EvalArguments, run: Run | None, model: Any, tokenizer: Any, batch_tokens: int
+    args: EvalArguments, run: Run | None, model: Any, tokenizer: Any, batch_tokens: int, kept: KeptDecisions
 ) -> dict[str, Any]:
     """Bits per byte, CORE and the sample prompts."""
     bpb: dict[str, Any] = {"not_run": "a model alone has no token stores", "how": "give --run_dir and --stage base"}
@@ -98,6 +119,7 @@ def evaluate_base(
         max_per_task=args.max_per_task,
         batch_tokens=batch_tokens,
         max_length=args.max_length or find_hard_limit(model),
+        kept=kept,
     )
     return {"bpb": bpb, "core": core, "samples": complete_sample_prompts(model, tokenizer)}
 
@@ -113,7 +135,7 @@ def measure_bits_per_byte(
     measured = {}
     for split, store in stores.items():
         rows = list(validation_rows(store, sequence_length=length, max_tokens=args.eval_tokens))[rank::world_size]
-        size = max(1, batch_tokens // length)
+        size = max(1, min(batch_tokens, LOGIT_TOKENS) // length)
         batches = (default_collate(rows[begin : begin + size]) for begin in range(0, len(rows), size))
         with show_progress(f"bits per byte, {split}", unit="batch", total=-(-len(rows) // size)) as progress:
             measured[split] = bits_per_byte(model, count_items(batches, progress), token_bytes)
@@ -127,7 +149,7 @@ def measure_bits_per_byte(
         token_bytes,
         bos_token_id=tokenizer.bos_token_id,
         max_tokens=args.document_tokens,
-        batch_tokens=batch_tokens,
+        batch_tokens=min(batch_tokens, LOGIT_TOKENS),
     )
     logger.info("bits per byte, validation documents: %.4f", measured["validation_documents"])
     return measured
@@ -141,13 +163,13 @@ def count_items(items: Iterable[T], progress: "tqdm[Any]") -> Iterator[T]:
 
 
 def evaluate_chat(
-    args: EvalArguments, run: Run | None, model: Any, tokenizer: Any, batch_tokens: int
+    args: EvalArguments, run: Run | None, model: Any, tokenizer: Any, batch_tokens: int, kept: KeptDecisions
 ) -> dict[str, Any]:
     """ChatCORE, the taught skills and sample conversations."""
-    render_prompt(tokenizer, [{"role": "user", "content": "a tokenizer that cannot mark turns is refused here"}])
+    render_chat_prompt(tokenizer, [{"role": "user", "content": "a tokenizer that cannot mark turns is refused here"}])
     limits = ChatLimits(args.max_per_task, batch_tokens, args.batch_size, args.max_new_tokens)
     chatcore = evaluate_chatcore(
-        model, tokenizer, folder=args.chatcore, limits=limits, run_generated_code=args.run_generated_code
+        model, tokenizer, folder=args.chatcore, limits=limits, run_generated_code=args.run_generated_code, kept=kept
     )
     names = args.skills if args.skills is not None else find_taught_skills(run, args.stage)
     skills: dict[str, Any] = {"not_run": "the mixtures teach no generated task", "how": "name some with --skills"}

@@ -6,6 +6,7 @@ from typing import Any
 
 from chatmodel.checkpoint import list_checkpoints
 from chatmodel.data.store import TokenStore, ensure_token_store
+from chatmodel.evaluation.bundle import HOW_TO_GET_BUNDLE, find_place, is_address
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError
 from chatmodel.scaling import RunPlan, plan_run
@@ -54,7 +55,9 @@ class PretrainArguments:
     fp8: bool = field(default=False, metadata={"help": "Linear layers in 8-bit floats; pays from some depth on."})
     eval_every: int = field(default=250, metadata={"help": "Steps between validation measurements."})
     eval_tokens: int = field(default=20 * 2**19, metadata={"help": "Validation tokens of each measurement."})
-    eval_bundle: Path | None = field(default=None, metadata={"help": "CORE bundle (zip or folder) for estimates."})
+    eval_bundle: str | None = field(
+        default=None, metadata={"help": "CORE bundle (zip, folder or address) for estimates."}
+    )
     core_every: int = field(default=2000, metadata={"help": "Steps between CORE estimates, if there is a bundle."})
     core_max_per_task: int = field(default=500, metadata={"help": "Examples a task in those estimates."})
     sample_every: int = field(default=2000, metadata={"help": "Steps between sample completions."})
@@ -70,15 +73,15 @@ class PretrainArguments:
 
     def __post_init__(self) -> None:
         self.run_dir = Path(self.run_dir)
-        self.eval_bundle = Path(self.eval_bundle) if self.eval_bundle else None
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         for name in TIMES:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
-        if self.eval_bundle is not None and not self.eval_bundle.exists():
-            raise UserError(f"eval_bundle {self.eval_bundle} does not exist; leave it out, or give the zip or folder")
+        bundle = self.eval_bundle
+        if bundle is not None and not (is_address(bundle) or find_place(bundle).exists()):
+            raise UserError(f"eval_bundle {bundle} does not exist; leave it out, or {HOW_TO_GET_BUNDLE}")
 
     def plan(self, vocab_size: int) -> RunPlan:
         """The plan these arguments lead to."""

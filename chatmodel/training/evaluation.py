@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from chatmodel.data.rows import validation_rows
 from chatmodel.data.store import TokenStore
 from chatmodel.evaluation.bits_per_byte import bits_per_byte
+from chatmodel.evaluation.bundle import find_bundle
 from chatmodel.evaluation.core import evaluate_core
 from chatmodel.evaluation.samples import complete_sample_prompts
 from chatmodel.runtime import logger
@@ -36,17 +37,17 @@ class Measurements:
     ) -> None:
         self.args, self.train_step, self.accelerator = args, step, accelerator
         self.store, self.tokenizer = store, tokenizer
+        # Fetched, or refused, before hours are spent.
+        self.eval_bundle = None if args.eval_bundle is None else find_bundle(args.eval_bundle)
         self.batch_size = max(1, BATCH_TOKENS // args.sequence_length)
         self.token_bytes = token_byte_lengths(tokenizer).to(accelerator.device)
 
     def measure(self, step: int, *, is_last: bool) -> dict[str, float]:
         """`step`, `val_bpb`, and `core` where it is due; samples are logged."""
         results: dict[str, float] = {"step": step, "val_bpb": self.validation_bpb()}
-        if self.args.eval_bundle is not None and step and (is_last or step % self.args.core_every == 0):
+        if self.eval_bundle is not None and step and (is_last or step % self.args.core_every == 0):
             with evaluating_whole(self.train_step) as model:
-                core = evaluate_core(
-                    model, self.tokenizer, self.args.eval_bundle, max_per_task=self.args.core_max_per_task
-                )
+                core = evaluate_core(model, self.tokenizer, self.eval_bundle, max_per_task=self.args.core_max_per_task)
             results["core"] = core["core"]
         if step and not is_last and step % self.args.sample_every == 0:
             for sample in self.sample():

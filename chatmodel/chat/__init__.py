@@ -1,0 +1,1 @@
+"""How a person or a program talks to a model: a terminal, a web page with an inspector, limits of a server."""
