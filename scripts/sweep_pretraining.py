@@ -1,7 +1,7 @@
 """Compare variants of pretraining at equal tokens: document bits per byte, seconds, memory.
 
     python scripts/sweep_pretraining.py --run_dir RUN --depth 6 --train_tokens 100000000 \\
-        plain: half:batch=131072 faster:batch=65536,lr=1.5 whole:packing=best_fit_whole
+        plain: half:batch=131072 faster:batch=65536,lr=1.5 cropped:packing=best_fit
 
 RUN holds a tokenizer and a token store (`recipes/train_tokenizer.py`, `scripts/prepare_data.py`). Variants run one
 after the other in this process, without checkpoints; each is `name:key=value,...` with these keys:
@@ -112,7 +112,7 @@ def run_variant(
     apart = variant.get("documents_apart", False)
     step = TrainStep(model, plan, accelerator, device_batch_size=args.device_batch_size, documents_apart=apart)
     store = TokenStore.open(args.run_dir / "data" / "train")
-    packing = variant.get("packing", "best_fit")
+    packing = variant.get("packing", "best_fit_whole")
     length = plan.sequence_length
     rows = PackedRows(store, sequence_length=length, packing=packing, seed=seed, documents_apart=apart)
     losses = []

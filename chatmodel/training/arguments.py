@@ -43,8 +43,8 @@ class PretrainArguments:
     )
     lr_fraction: float = field(default=1.0, metadata={"help": "Factor on every planned learning rate."})
     packing: str = field(
-        default="best_fit",
-        metadata={"help": "Rows: best_fit (documents cropped), best_fit_whole (nothing lost) or contiguous."},
+        default="best_fit_whole",
+        metadata={"help": "Rows: best_fit_whole (long documents continue), best_fit (they are cropped) or contiguous."},
     )
     documents_apart: bool = field(
         default=False, metadata={"help": "Attend within documents only: as good, and faster with FlashAttention."}
@@ -110,8 +110,8 @@ def open_stores(
         args.dataset,
         tokenizer,
         run.folder("data"),
-        # Best-fit rows leave out the ends of long documents, so more text is read than is trained on.
-        max_train_tokens=int(1.5 * plan.train_tokens),
+        # Rows may leave out the ends of long documents, so more text is read than is trained on.
+        max_train_tokens=int((1.5 if args.packing == "best_fit" else 1.05) * plan.train_tokens),
         max_validation_tokens=args.eval_tokens,
         text_column=args.text_column,
         rebuild=not list_checkpoints(run.checkpoints("base")),
