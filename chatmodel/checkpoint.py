@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 import torch
 
 from chatmodel.runs import publish_folder
-from chatmodel.runtime import UserError, logger, read_json, write_json
+from chatmodel.runtime import UserError, explain_no_model, logger, read_json, write_json
 
 MANIFEST = "manifest.json"
 
@@ -246,7 +246,7 @@ def load_model(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no model (no config.json); give a folder that a stage has finished")
+        raise UserError(explain_no_model(folder))
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no weights (no .safetensors file); train it again or copy the weights there")
     return AutoModelForCausalLM.from_pretrained(folder, **options)

@@ -1,4 +1,4 @@
-"""What pretraining minimises, computed without ever holding all logits."""
+"""What training minimises, computed without ever holding all logits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +47,20 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         """Scale the gradients that the forward pass left."""
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output), None, None, None
+
+
+@torch.no_grad()
+def measure_nats(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None, *, chunk_size: int = 4096
+) -> torch.Tensor:
+    """The cross-entropy of each position, (N,) in fp32, of what `SoftcappedCrossEntropy` sums up."""
+    matrix = weight.to(hidden.dtype)
+    cross_entropy = _fused_cross_entropy if hidden.is_cuda else _plain_cross_entropy
+    nats = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    for begin in range(0, hidden.shape[0], chunk_size):
+        rows = slice(begin, begin + chunk_size)
+        nats[rows] = cross_entropy(hidden[rows] @ matrix.T, targets[rows], cap, False)[0]
+    return nats
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -108,15 +122,23 @@ class LanguageModelLoss(nn.Module):
         self.compute_states: Callable[..., Any] = model.model.forward  # or that function, compiled
 
     def forward(
-        self, input_ids: torch.Tensor, shift_labels: torch.Tensor, document_starts: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        shift_labels: torch.Tensor,
+        document_starts: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        divisor: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
         """Mean nats a scored position. Both (B, T); `shift_labels[:, t]` follows `input_ids[:, t]`, -100 unscored.
 
         Args:
             document_starts: as `PackedRows` gives them, to attend within documents; needs `TRAINING_ATTENTION`.
+            position_ids: (B, T), by default the places in the row.
+            divisor: what the sum is divided by instead of the number of scored positions.
         """
-        documents = {} if document_starts is None else {"document_starts": document_starts}
-        states = self.compute_states(input_ids=input_ids, use_cache=False, **documents).last_hidden_state
+        options = {"document_starts": document_starts, "position_ids": position_ids}
+        given = {name: value for name, value in options.items() if value is not None}
+        states = self.compute_states(input_ids=input_ids, use_cache=False, **given).last_hidden_state
         targets = shift_labels.flatten()
         total: torch.Tensor = SoftcappedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             states.flatten(0, 1),
@@ -125,4 +147,4 @@ class LanguageModelLoss(nn.Module):
             self.model.config.final_logit_softcapping,
             self.chunk_tokens,
         )
-        return total / (targets >= 0).sum().clamp(min=1)
+        return total / ((targets >= 0).sum().clamp(min=1) if divisor is None else divisor)

@@ -2,12 +2,12 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import TrainerCallback
 
 from chatmodel.checkpoint import MANIFEST, find_damage, load_model, save_model_folder, seal_folder
@@ -94,30 +94,44 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
             seal_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
+@contextmanager
+def explain_memory(training: Any) -> Iterator[None]:
+    """Turn a full device into one sentence about a Trainer's arguments."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        raise UserError(
+            f"the memory of {training.device} is full with per_device_train_batch_size={size} "
+            f"({str(error).split('. ')[0]}); set a smaller one, and gradient_accumulation_steps higher than "
+            f"{accumulation} by as much, which trains the same"
+        ) from None
+
+
 def fit_to_device(training: Any, precision: str | None) -> None:
-    """Give a Trainer's arguments the precision this device is faster with, or the one asked for; pin only for CUDA.
+    """Give a Trainer's arguments the precision this device is faster with, or the one asked for, and `use_device`.
 
     TRL turns bf16 on unless told otherwise, which slows down CPUs and cards without it.
     """
     chosen = choose_precision(training.device, precision)
     training.bf16, training.mixed_precision = chosen == "bf16", chosen
+    use_device(training)
+
+
+def use_device(training: Any) -> None:
+    """Pin memory only for CUDA; and take one GPU where a process sees several, which TRL refuses to spread over."""
     training.dataloader_pin_memory = training.device.type == "cuda"
+    if training.n_gpu > 1:
+        logger.warning(
+            "one of the %d GPUs is used; accelerate launch with as many processes uses all of them", training.n_gpu
+        )
+        training._n_gpu = 1
 
 
 def save_stage_model(model: Any, tokenizer: Any, folder: Path, base_folder: Path, *, card: Sequence[str]) -> None:
     """Write a stage's complete model folder, and the plan with it for the stages to come."""
     save_model_folder(model, tokenizer, folder, card=card)
     write_json(folder / "plan.json", read_json(base_folder / "plan.json"))
-
-
-def batch_rows(rows: Dataset, *, pad_token_id: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Conversations as padded batches of `input_ids` and `shift_labels` (B, T): the label follows its position."""
-    for begin in range(0, len(rows), batch_size):
-        batch = rows[begin : begin + batch_size]
-        width = max(len(ids) for ids in batch["input_ids"]) - 1
-        inputs = [ids[:-1] + [pad_token_id] * (width - len(ids) + 1) for ids in batch["input_ids"]]
-        labels = [ids[1:] + [-100] * (width - len(ids) + 1) for ids in batch["labels"]]
-        yield {"input_ids": torch.tensor(inputs), "shift_labels": torch.tensor(labels)}
 
 
 def latest_trainer_checkpoint(folder: Path) -> str | None:

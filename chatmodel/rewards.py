@@ -23,6 +23,16 @@ def reward_answer(completions: Sequence[Completion], answer: Sequence[str], **co
     ]
 
 
+def reward_task(
+    completions: Sequence[Completion], task: Sequence[str], answer: Sequence[str], **columns: Any
+) -> list[float]:
+    """What each row's task rewards: for SimpleSpelling, whose answer is the word, letters; else the answer."""
+    return [
+        (reward_spelling([text], [expected]) if name == "SimpleSpelling" else reward_answer([text], [expected]))[0]
+        for text, name, expected in zip(completions, task, answer, strict=True)
+    ]
+
+
 def reward_form(completions: Sequence[Completion], **columns: Any) -> list[float]:
     """1 where a completion gives one "#### n" and ends with it, else 0; give it a small weight, it is easy to earn."""
     rewards = []

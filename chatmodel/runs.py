@@ -24,6 +24,8 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "rl": ("sft",),
     "rl_eval": ("rl",),
 }
+# Beside the pipeline: a stage that is begun by hand.
+OPTIONAL_INPUTS: dict[str, tuple[str, ...]] = {"dpo": ("sft",), "dpo_eval": ("dpo",)}
 
 # Where the run lies, how it is watched and kept, and how many rows a device holds at once (the rows of a step are the
 # same) change no result, so changing them is no changed setting: a run that was stopped can go on with them.
@@ -38,6 +40,7 @@ NEUTRAL_SETTINGS = frozenset(
             "device_batch_size",
             "auto_batch",
             "hourly_rate",
+            "preview_masks",
         ),
     }
 )
@@ -95,8 +98,8 @@ class Run:
         return self.result_path(stage).exists() and self._is_finished(self._open(stage, None, settings))
 
     def _open(self, stage: str, inputs: Sequence[str] | None, settings: dict[str, Any]) -> "Stage":
-        asked = {key: value for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
-        needed = STAGE_INPUTS[stage] if inputs is None else inputs
+        asked = leave_out_neutral(settings)
+        needed = (STAGE_INPUTS | OPTIONAL_INPUTS)[stage] if inputs is None else inputs
         return Stage(self, stage, asked, {name: self._finished_id(name, needed_by=stage) for name in needed})
 
     def _is_finished(self, stage: "Stage") -> bool:
@@ -118,12 +121,12 @@ class Run:
         results = self.folder("results") / stage.name
         places = f"{results}.*, {stage.folder} and {self.checkpoints(stage.name)}"
         mend = f"choose another --run_dir, or delete {places} to do it again"
-        if earlier["settings"] != stage.settings:
-            keys = sorted(earlier["settings"].keys() | stage.settings.keys())
+        made_with = leave_out_neutral(earlier["settings"])  # an older version may have counted more
+        if made_with != stage.settings:
             changed = [
-                f"{key}={earlier['settings'].get(key, 'unset')}, now {stage.settings.get(key, 'unset')}"
-                for key in keys
-                if earlier["settings"].get(key) != stage.settings.get(key)
+                f"{key}={made_with.get(key, 'unset')}, now {stage.settings.get(key, 'unset')}"
+                for key in sorted(made_with.keys() | stage.settings.keys())
+                if made_with.get(key) != stage.settings.get(key)
             ]
             raise UserError(f"stage {stage.name} in {self.run_dir} {happened} with {'; '.join(changed)}: {mend}")
         if earlier["inputs"] != stage.inputs:
@@ -180,6 +183,11 @@ class Stage:
         )
         self.marker.unlink(missing_ok=True)
         logger.info("%s: finished in %.0f s, see %s", self.name, seconds, self.run.result_path(self.name))
+
+
+def leave_out_neutral(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a result depends on."""
+    return {key: value for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
 
 
 def publish_folder(made: Path, target: Path) -> None:

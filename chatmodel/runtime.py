@@ -38,6 +38,7 @@ REPORTED_PACKAGES = (
 )
 
 CONFIG_FLAG = re.compile(r"^(--config)=")
+MODEL_STAGES = ("base", "mid", "sft", "rl", "dpo")
 
 
 class UserError(ValueError):
@@ -59,6 +60,8 @@ def silence_noise() -> None:
     """Keep warnings that a user of the recipes can do nothing about out of the way of those that matter."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+    # Of each attempt to reach the Hub, twice over; what is waited for, and what came of it, is said by who asks.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()  # of loading and saving weights, a second at most
 
 
@@ -68,13 +71,21 @@ def exit_with(error: UserError) -> NoReturn:
     sys.exit(2)
 
 
+class RecipeParser(TrlParser):  # type: ignore[misc]
+    """TRL's parser, with one sentence in place of a usage text of up to two hundred options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise UserError(f"{message}; --help lists the options")
+
+
 def parse_arguments(*dataclasses: Any) -> tuple[Any, ...]:
     """One filled instance per dataclass: defaults < `--config` YAML < command line.
 
     Raises:
-        UserError: the YAML file is missing, no mapping, or holds a key that no dataclass has.
+        UserError: an option is unknown or its value wrong; the YAML file is missing, no mapping, or has a strange key.
     """
-    parser = TrlParser(
+    parser = RecipeParser(
         dataclasses,
         allow_abbrev=False,
         description=sys.modules["__main__"].__doc__,
@@ -82,32 +93,84 @@ def parse_arguments(*dataclasses: Any) -> tuple[Any, ...]:
     )
     # TrlParser only knows "--config FILE"; everybody's fingers know "--config=FILE" as well.
     arguments = [part for word in sys.argv[1:] for part in CONFIG_FLAG.split(word) if part]
-    if "--config" in arguments[:-1]:
-        check_config_keys(arguments[arguments.index("--config") + 1], dataclasses)
+    known = ["config", *(field.name for dataclass in dataclasses for field in fields(dataclass))]
+    check_options(arguments, known)
+    if arguments[-1:] == ["--config"]:
+        raise UserError("--config stands at the end; it takes the path of a YAML file")
+    if "--config" in arguments:
+        check_config_keys(arguments[arguments.index("--config") + 1], known[1:])
     try:
-        return tuple(parser.parse_args_and_config(arguments))
+        *filled, left_over = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     except FileNotFoundError as error:
         raise UserError(
             f"config file {error.filename} does not exist; --config takes the path of a YAML file"
         ) from None
     except yaml.YAMLError as error:
         raise UserError(f"the config file is not valid YAML: {' '.join(str(error).split())}") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"the configuration cannot be used: {' '.join(str(error).split())}") from None
+    if left_over:
+        raise UserError(f"{left_over[0]!r} belongs to no option; options are written --name value")
+    return tuple(filled)
 
 
-def check_config_keys(path: str, dataclasses: Sequence[Any]) -> None:
+def check_options(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse an option that no dataclass has, by name and with the option that was probably meant."""
+    for word in arguments:
+        option = word.partition("=")[0]
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name not in known and name.removeprefix("no_") not in known and name != "help":
+            raise UserError(f"there is no option {option}{suggest(name, known, '--')}; --help lists the options")
+
+
+def check_config_keys(path: str, known: Sequence[str]) -> None:
     """Refuse a key of a YAML file that no dataclass has, by name and with the key that was probably meant."""
-    known = [field.name for dataclass in dataclasses for field in fields(dataclass)]
     try:
         keys = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError):
         return  # the parser says what is wrong with the file itself
     for key in keys if isinstance(keys, dict) else ():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(f"config file {path} has the unknown key {key}{meant}; --help lists the keys")
+            raise UserError(
+                f"config file {path} has the unknown key {key}{suggest(key, known)}; --help lists the keys"
+            )
+
+
+def suggest(name: Any, known: Sequence[str], prefix: str = "") -> str:
+    """The words " (did you mean ...?)", or nothing where no known name is near."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean {prefix}{near[0]}?)" if near else ""
+
+
+def check_model_name(name: str) -> bool:
+    """Whether `name` is a folder; else it is a name on the Hub, which has two parts at most.
+
+    Raises:
+        UserError: it is a folder without a model, or the path of one that does not exist.
+    """
+    folder = Path(name)
+    if not (folder / "config.json").is_file() and (folder.is_dir() or len(folder.parts) > 2):
+        raise UserError(explain_no_model(folder))
+    return folder.is_dir()
+
+
+def explain_no_model(folder: Path) -> str:
+    """One sentence for a folder without a model: whether it is there at all, and where models of its run lie."""
+    if not folder.is_dir():
+        beside = find_models(folder.parent)
+        mend = f"its run has {', '.join(beside)}" if beside else "give a model folder, such as runs/cpu/sft"
+        return f"folder {folder} does not exist; {mend}"
+    inside = find_models(folder)
+    if inside:
+        return f"{folder} is a run folder; give one of its stages: {', '.join(inside)}"
+    return f"{folder} holds no model (no tokenizer.json or config.json); give a folder that a stage has finished"
+
+
+def find_models(run_dir: Path) -> list[str]:
+    """The model folders of a run."""
+    return [str(run_dir / stage) for stage in MODEL_STAGES if (run_dir / stage / "config.json").is_file()]
 
 
 def requested_settings(arguments: list[str]) -> dict[str, Any]:

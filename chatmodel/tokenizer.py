@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from chatmodel.runtime import UserError, write_json
+from chatmodel.runtime import UserError, explain_no_model, write_json
 
 # Order and names are nanochat's: they stand at the end of the vocabulary and are never trained.
 SPECIAL_TOKENS = (
@@ -244,7 +244,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
         UserError: there is none, it is damaged, or it was not made by `train_tokenizer`.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise UserError(f"there is no tokenizer.json in {folder}; make one with recipes/train_tokenizer.py")
+        raise UserError(explain_no_model(Path(folder)))
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust parser raises bare Exception

@@ -187,14 +187,9 @@ def compare_token_counts(texts: Mapping[str, str], count_tokens: Callable[[str],
 
     The peers' counts are None where their ranks cannot be had; `not_run` then says why, and `how` what to do.
     """
-    peers: dict[str, tiktoken.Encoding] = {}
-    reasons = []
-    for peer, name in PEER_ENCODINGS.items():
-        encoding = load_encoding(name)
-        if isinstance(encoding, str):
-            reasons.append(encoding)
-        else:
-            peers[peer] = encoding
+    found = {peer: load_encoding(name) for peer, name in PEER_ENCODINGS.items()}
+    peers = {peer: encoding for peer, encoding in found.items() if encoding is not None}
+    missing = [PEER_ENCODINGS[peer] for peer in found if peer not in peers]
     rows = []
     for label, text in texts.items():
         row: dict[str, Any] = {"text": label, "bytes": len(text.encode()), "ours": count_tokens(text)}
@@ -202,13 +197,13 @@ def compare_token_counts(texts: Mapping[str, str], count_tokens: Callable[[str],
     return {
         "texts": rows,
         "vocab_sizes": {peer: peers[peer].n_vocab if peer in peers else None for peer in PEER_ENCODINGS},
-        "not_run": "; ".join(reasons) or None,
-        "how": _explain_cache() if reasons else None,
+        "not_run": _explain_absence(missing) if missing else None,
+        "how": _explain_cache(missing) if missing else None,
     }
 
 
-def load_encoding(name: str) -> tiktoken.Encoding | str:
-    """A published encoding from tiktoken's cache or the network, or one sentence why it cannot be had.
+def load_encoding(name: str) -> tiktoken.Encoding | None:
+    """A published encoding from tiktoken's cache or the network, or None where it cannot be had.
 
     tiktoken downloads without a time limit; so where the cache lacks a file, its server is first asked for an answer
     within five seconds.
@@ -220,7 +215,7 @@ def load_encoding(name: str) -> tiktoken.Encoding | str:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # the exceptions of requests are OSErrors; ValueError is a wrong hash
         logger.debug("the ranks of %s: %s", name, error)
-        return f"the ranks of {name} are not in {_cache_folder() or 'a cache'} and could not be downloaded"
+        return None
 
 
 def _cache_folder() -> str:
@@ -233,8 +228,17 @@ def _cache_path(address: str) -> Path:
     return Path(_cache_folder()) / hashlib.sha1(address.encode()).hexdigest()
 
 
-def _explain_cache() -> str:
-    files = ", ".join(
-        f"{address} as {_cache_path(address).name}" for addresses in RANK_ADDRESSES.values() for address in addresses
+def _explain_absence(names: list[str]) -> str:
+    host = _RANKS.removeprefix("https://")
+    return (
+        f"tiktoken's files of {' and '.join(names)} are neither in {_cache_folder() or 'a cache'} nor had from {host}"
     )
-    return f"set TIKTOKEN_CACHE_DIR to a folder holding {files}; delete the run's results/tokenizer.json, train again"
+
+
+def _explain_cache(names: list[str]) -> str:
+    """The command that fills a cache, and what to do with it; commands stand between backticks."""
+    download = "; ".join(f'tiktoken.get_encoding("{name}")' for name in names)
+    return (
+        f"`TIKTOKEN_CACHE_DIR=ranks python -c 'import tiktoken; {download}'` where that server can be reached, and "
+        "`export TIKTOKEN_CACHE_DIR=ranks` before the tokenizer of the next run is trained"
+    )

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
 
 from chatmodel.attention import TRAINING_ATTENTION, AttentionShape, choose_attention, use_attention, works_here
 from chatmodel.fp8 import build_fp8_converter, check_fp8
@@ -108,28 +109,10 @@ class TrainStep:
         """
         loss = self.loss_module(**batch)
         shares = self.accumulation * (1 if self.divided else self.accelerator.num_processes)
-        with self._adding_gradients():
+        with nullcontext() if self.divided else adding_gradients(self.model):
             (loss / shares).backward()
         self._losses.append(loss.detach())
         return self._losses[-1]
-
-    @contextmanager
-    def _adding_gradients(self) -> Iterator[None]:
-        """Add what is found inside to the gradients so far, in fp32, without the copy in fp32 autograd would make."""
-        if self.divided:
-            yield
-            return
-        parameters = list(self.model.parameters())
-        totals = [parameter.grad for parameter in parameters]
-        self.optimizer.zero_grad(set_to_none=True)
-        yield
-        for parameter, total in zip(parameters, totals, strict=True):
-            if parameter.grad is None:
-                parameter.grad = total
-            elif total is None:
-                parameter.grad = parameter.grad.float()
-            else:
-                parameter.grad = total.add_(parameter.grad)
 
     def finish(self, step: int) -> StepResult:
         """Update the weights with what was accumulated, unless it is not finite; `step` counts from 0."""
@@ -205,17 +188,10 @@ class TrainStep:
         config, (device, dtype) = self.model.config, self._place
         if fp8:
             return TrainingLayers(self.model, convert=build_fp8_converter())
-        if self.divided or config.hidden_act != "relu2" or config.gated_mlp:
+        if self.divided:
             return TrainingLayers(self.model)
-        assert config.intermediate_size is not None
-        pays = fused_mlp_pays(
-            rows=device_batch_size * config.max_position_embeddings,
-            width=config.hidden_size,
-            inner=config.intermediate_size,
-            device=device,
-            dtype=dtype,
-        )
-        return TrainingLayers(self.model, fuse_mlp=pays)
+        tokens = device_batch_size * config.max_position_embeddings
+        return choose_training_layers(self.model, tokens=tokens, device=device, dtype=dtype)
 
     def _use_attention(self, chosen: dict[int | None, str]) -> None:
         self.attention = chosen
@@ -239,6 +215,37 @@ class TrainStep:
             self._use_attention(saved)
 
 
+@contextmanager
+def adding_gradients(model: nn.Module) -> Iterator[None]:
+    """Add what is found inside to the gradients so far, in fp32, without the copy in fp32 autograd would make."""
+    parameters = list(model.parameters())
+    totals = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    yield
+    for parameter, total in zip(parameters, totals, strict=True):
+        if parameter.grad is None:
+            parameter.grad = total
+        elif total is None:
+            parameter.grad = parameter.grad.float()
+        else:
+            parameter.grad = total.add_(parameter.grad)
+
+
+def choose_training_layers(
+    model: GPTForCausalLM, *, tokens: int, device: torch.device, dtype: torch.dtype
+) -> TrainingLayers:
+    """The parts that compiled training of so many tokens at once exchanges, the fused MLP among them where it pays."""
+    config = model.config
+    if config.hidden_act != "relu2" or config.gated_mlp:
+        return TrainingLayers(model)
+    assert config.intermediate_size is not None
+    pays = fused_mlp_pays(
+        rows=tokens, width=config.hidden_size, inner=config.intermediate_size, device=device, dtype=dtype
+    )
+    return TrainingLayers(model, fuse_mlp=pays)
+
+
 def keep_masters_in_optimizer(model: GPTForCausalLM, dtype: torch.dtype) -> None:
     """Round the weights to `dtype`, and let their gradients have another one. Buffers (rotary tables) stay fp32."""
     for parameter in model.parameters():
@@ -246,8 +253,14 @@ def keep_masters_in_optimizer(model: GPTForCausalLM, dtype: torch.dtype) -> None
         parameter.grad_dtype = None
 
 
-def attention_shapes(config: GPTConfig, device_batch_size: int, documents_apart: bool = False) -> list[AttentionShape]:
-    """The shapes of a model's attention, one for each kind of layer, the most frequent first."""
+def attention_shapes(
+    config: GPTConfig, device_batch_size: int, documents_apart: bool = False, *, length: int | None = None
+) -> list[AttentionShape]:
+    """The shapes of a model's attention, one for each kind of layer, the most frequent first.
+
+    Args:
+        length: of the rows, by default the model's context.
+    """
     assert config.layer_types is not None
     assert config.head_dim is not None
     windows = [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
@@ -255,7 +268,7 @@ def attention_shapes(config: GPTConfig, device_batch_size: int, documents_apart:
         AttentionShape(
             batch=device_batch_size,
             heads=config.num_attention_heads,
-            sequence_length=config.max_position_embeddings,
+            sequence_length=length or config.max_position_embeddings,
             head_dim=config.head_dim,
             window=window,
             documents_apart=documents_apart,

@@ -13,9 +13,11 @@ from chatmodel.evaluation.stages import EvalArguments, evaluate_stage, find_deci
 from chatmodel.runs import Run
 from chatmodel.runtime import (
     UserError,
+    check_model_name,
     choose_precision,
     describe_environment,
     entry_point,
+    logger,
     parse_arguments,
     write_json,
 )
@@ -24,6 +26,8 @@ from chatmodel.tokenizer import load_tokenizer
 
 def load_any_model(args: EvalArguments) -> tuple[Any, Any]:
     """A model and tokenizer from a folder or the Hub, with the tokens that generation needs filled in."""
+    if not check_model_name(args.model):
+        logger.info("asking the Hub for model %s (for a minute, if it does not answer)", args.model)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=torch.float32, trust_remote_code=args.trust_remote_code

@@ -4,45 +4,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+import torch
+from accelerate.utils import parse_flag_from_env
+from peft import LoraConfig, PeftModel, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from chatmodel import LORA_TARGETS
 from chatmodel.conversations.mixtures import load_mixture
 from chatmodel.conversations.render import Rendered, preview_masks
-from chatmodel.evaluation.bits_per_byte import bits_per_byte
+from chatmodel.conversations.stand_ins import choose_sources
+from chatmodel.finetuning.arguments import ConversationArguments
+from chatmodel.finetuning.evaluation import TaskCheck, ValidationLoss
+from chatmodel.finetuning.results import gather_metrics
+from chatmodel.finetuning.rows import ConversationRows, StreamRows
+from chatmodel.finetuning.schedule import MomentumWarmup
+from chatmodel.finetuning.trainer import ConversationTraining
 from chatmodel.posttraining import (
     PlannedOptimizer,
     SealCheckpoints,
     StopOnBadGradient,
-    batch_rows,
+    explain_memory,
     fit_to_device,
     latest_trainer_checkpoint,
     load_stage_model,
-    pick_history,
     save_stage_model,
+    use_device,
 )
 from chatmodel.runs import STAGE_INPUTS, Run
-from chatmodel.runtime import UserError, entry_point, logger, parse_arguments, peak_memory_bytes
-from chatmodel.tokenizer import token_byte_lengths
-
-
-@dataclass
-class ConversationArguments:
-    """What can be asked beside TRL's own SFTConfig."""
-
-    run_dir: Path = field(default=Path("runs/base"), metadata={"help": "The run folder."})
-    stage: str = field(default="sft", metadata={"help": "'mid' or 'sft': where the result goes."})
-    mixture: list[Any] = field(default_factory=list, metadata={"help": "Data sets to train on (see the YAML files)."})
-    validation_mixture: list[Any] = field(default_factory=list, metadata={"help": "Data sets to validate on."})
-    chatcore: Path | None = field(default=None, metadata={"help": "Folder of ChatCORE's data sets; else the Hub."})
-    train_on_prompts: bool = field(default=False, metadata={"help": "Train on all tokens, not the assistant's only."})
-    skip_invalid: bool = field(default=False, metadata={"help": "Leave out conversations that cannot be rendered."})
-    mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
-    lr_fraction: float = field(default=1.0, metadata={"help": "Factor on pretraining's learning rates."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA of this rank instead of all weights."})
-    lora_scale: float = field(default=2.0, metadata={"help": "LoRA's alpha over its rank."})
-    preview_masks: int = field(default=0, metadata={"help": "Print so many conversations, trained tokens in green."})
+from chatmodel.runtime import choose_precision, entry_point, logger, parse_arguments
 
 
 @dataclass
@@ -53,8 +42,12 @@ class ConversationConfig(SFTConfig):
     activation_checkpointing: bool | None = field(default=False, metadata={"help": "Trade speed for memory."})
 
 
-class ConversationTrainer(PlannedOptimizer, SFTTrainer):
-    """TRL's SFTTrainer with pretraining's optimizer."""
+class ConversationTrainer(ConversationTraining, PlannedOptimizer, SFTTrainer):
+    """TRL's SFTTrainer with pretraining's optimizer, layers and loss."""
+
+
+class DividedTrainer(PlannedOptimizer, SFTTrainer):
+    """TRL's SFTTrainer with pretraining's optimizer, for weights divided by FSDP."""
 
 
 def load_datasets(
@@ -67,15 +60,15 @@ def load_datasets(
         "train_on_prompts": args.train_on_prompts,
         "skip_invalid": args.skip_invalid,
     }
-    rows, counts = load_mixture(args.mixture, tokenizer, **options)
-    for count in counts:
-        logger.info("%(name)s: %(rows)d conversations, %(trained_tokens)d of %(tokens)d tokens trained", count)
+    folder = None if args.conversations is None else Path(args.conversations)
+    validation = None
+    if args.validation_mixture:  # first, as it is quick: what is wrong with it is known soon
+        entries = choose_sources(args.validation_mixture, folder)
+        validation, _ = load_mixture(entries, tokenizer, split="validation", **options)
+    rows, counts = load_mixture(choose_sources(args.mixture, folder), tokenizer, **options)
     for row in rows.select(range(min(args.preview_masks, len(rows)))):
         mask = [int(label != -100) for label in row["labels"]]
         logger.info("%s", preview_masks(Rendered(row["input_ids"], mask), tokenizer))
-    validation = None
-    if args.validation_mixture:
-        validation, _ = load_mixture(args.validation_mixture, tokenizer, split="validation", **options)
     return rows, validation, counts
 
 
@@ -91,65 +84,84 @@ def add_adapter(model: Any, args: ConversationArguments) -> Any:
     )
 
 
-def validation_bits_per_byte(model: Any, tokenizer: Any, rows: Any, training: ConversationConfig) -> float | None:
-    if rows is None:
-        return None
-    batches = batch_rows(rows, pad_token_id=tokenizer.pad_token_id, batch_size=training.per_device_eval_batch_size)
-    return bits_per_byte(model, batches, token_byte_lengths(tokenizer))
+def build_trainer(
+    args: ConversationArguments, training: ConversationConfig, model: Any, tokenizer: Any, data: tuple[Any, Any]
+) -> Any:
+    train, validation = data
+    common = {
+        "model": model,
+        "args": training,
+        "processing_class": tokenizer,
+        "callbacks": [StopOnBadGradient(), SealCheckpoints()],
+        "plan_folder": Path(args.run_dir) / STAGE_INPUTS[args.stage][0],
+        "lr_fraction": args.lr_fraction,
+    }
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        logger.warning("weights divided by FSDP are trained the slow way: whole logits and masks, no loss per source")
+        fit_to_device(training, args.mixed_precision)
+        columns = ["input_ids", "labels"]
+        held_out = None if validation is None else validation.select_columns(columns)
+        return DividedTrainer(train_dataset=train.select_columns(columns), eval_dataset=held_out, **common)
+    compiled = training.device.type == "cuda" if args.compile is None else args.compile
+    if compiled and (args.lora_rank or training.activation_checkpointing or training.gradient_checkpointing):
+        logger.warning("adapters and activation checkpointing are trained without torch.compile, which is slower")
+        compiled = False
+    precision = choose_precision(training.device, args.mixed_precision)
+    use_device(training)
+    shape = {"length": training.max_length, "pad_token_id": tokenizer.pad_token_id}
+    tasks = {} if args.chatcore_tasks is None else {"tasks": args.chatcore_tasks}
+    tasks = TaskCheck(args.chatcore_every, args.chatcore_examples, folder=args.chatcore, **tasks)
+    tasks.check()
+    if validation is not None:
+        held_out = ConversationRows(validation, batch_size=training.per_device_eval_batch_size, **shape)
+        validation = ValidationLoss(held_out, tokenizer)
+    if args.momentum_warmup_steps is not None:
+        common["callbacks"].append(MomentumWarmup(args.momentum_warmup_steps))
+    size = training.per_device_train_batch_size
+    if training.packing and training.packing_strategy == "wrapped":
+        rows = StreamRows(train, length=training.max_length, batch_size=size)
+    else:
+        rows = ConversationRows(train, batch_size=size, packed=bool(training.packing), fixed=compiled, **shape)
+    return ConversationTrainer(
+        rows=rows,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        compiled=compiled,
+        loss_scale=args.loss_scale,
+        constant_fraction=args.constant_fraction,
+        validation=validation,
+        tasks=tasks,
+        **common,
+    )
 
 
 def main() -> None:
     args, training = parse_arguments(ConversationArguments, ConversationConfig)
-    if args.stage not in ("mid", "sft"):
-        raise UserError(f"stage={args.stage!r} must be 'mid' or 'sft'")
+    args.check(training)
     run = Run(Path(args.run_dir))
     stage = run.begin(args.stage)
     if stage is None:
         return
-    (source,) = STAGE_INPUTS[args.stage]
-    model, tokenizer = load_stage_model(run.folder(source))
-    rows, validation, counts = load_datasets(args, training, tokenizer)
-    fit_to_device(training, args.mixed_precision)
+    source = run.folder(STAGE_INPUTS[args.stage][0])
+    model, tokenizer = load_stage_model(source)
+    args.check(training, context=model.config.max_position_embeddings)
+    *data, counts = load_datasets(args, training, tokenizer)
     training.output_dir = str(run.checkpoints(args.stage))
-    trainer = ConversationTrainer(
-        model=add_adapter(model, args) if args.lora_rank else model,
-        args=training,
-        train_dataset=rows.select_columns(["input_ids", "labels"]),
-        eval_dataset=None if validation is None else validation.select_columns(["input_ids", "labels"]),
-        processing_class=tokenizer,
-        callbacks=[StopOnBadGradient(), SealCheckpoints()],
-        plan_folder=run.folder(source),
-        lr_fraction=args.lr_fraction,
-    )
-    outcome = trainer.train(resume_from_checkpoint=latest_trainer_checkpoint(Path(training.output_dir)))
+    trainer = build_trainer(args, training, add_adapter(model, args) if args.lora_rank else model, tokenizer, data)
+    with explain_memory(training):
+        outcome = trainer.train(resume_from_checkpoint=latest_trainer_checkpoint(Path(training.output_dir)))
+        if isinstance(trainer, ConversationTrainer):
+            trainer.finish()
+    metrics = gather_metrics(trainer, outcome, counts)
     if not trainer.is_world_process_zero():
         return
     if args.lora_rank:
-        trainer.save_model(str(run.folder("adapters") / args.stage))
-        model = trainer.model.merge_and_unload()
-    model.eval()
-    log = trainer.state.log_history
-    losses, evaluations = pick_history(log, "loss"), pick_history(log, "eval_loss")
-    evaluations = [{"step": entry["step"], "validation_loss": entry["eval_loss"]} for entry in evaluations]
-    metrics = {
-        "mixture": counts,
-        "rows": len(rows),
-        "steps": trainer.state.global_step,
-        "train_loss": outcome.training_loss,
-        "validation_loss": evaluations[-1]["validation_loss"] if evaluations else None,
-        "validation_bpb": validation_bits_per_byte(model, tokenizer, validation, training),
-        "history": losses,
-        "evaluations": evaluations,
-        "lora": bool(args.lora_rank),
-        "lr_fraction": args.lr_fraction,
-        "tokens_per_second": pick_history(log, "num_tokens")[-1]["num_tokens"] / outcome.metrics["train_runtime"],
-        "train_seconds": outcome.metrics["train_runtime"],
-        "peak_memory_bytes": peak_memory_bytes(training.device),
-    }
+        adapter = run.folder("adapters") / args.stage
+        trainer.save_model(str(adapter))
+        model = PeftModel.from_pretrained(load_stage_model(source)[0], adapter).merge_and_unload()
     names = ", ".join(count["name"] for count in counts)
-    card = [f"A chat model after {args.stage}: {len(rows):,} conversations of {names}."]
-    save_stage_model(model, tokenizer, stage.folder, run.folder(source), card=card)
-    stage.finish(metrics)
+    card = [f"A chat model after {args.stage}: {metrics['rows']:,} conversations of {names}."]
+    save_stage_model(model.eval(), tokenizer, stage.folder, source, card=card)
+    stage.finish(metrics | {"lora": bool(args.lora_rank), "lr_fraction": args.lr_fraction})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ of `--batch_sizes` rows with `--new_tokens` tokens, greedy, after a round that d
 memory would allow: every matrix once a step, and each row's keys and values as far as its layers see them, at the
 speed of a copy. With `--nanochat CHECKOUT` (a clone of karpathy/nanochat) its engine runs beside ours, as its own
 `scripts/infer_bench.py` measures: median time of a step. `--parity` compares our tokens with plain `generate`.
+`--json FILE` keeps every figure.
 """
 
 import argparse
@@ -289,6 +290,16 @@ def render(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def render_parity(result: dict[str, Any]) -> str:
+    """A sentence, and a line for each prompt where the tokens part."""
+    same = f"{result['equal']} of {result['prompts']} prompts: the tokens of plain generate ({result['dtype']})"
+    parted = [
+        f"prompt of {found['prompt_tokens']} tokens: another token at {found['at']}, behind by {found['margin']:.4f}"
+        for found in result["divergences"]
+    ]
+    return "\n".join([same, *parted])
+
+
 def main() -> None:
     args = parse()
     if args.prompt_tokens + args.new_tokens > args.context:
@@ -300,7 +311,7 @@ def main() -> None:
     device = choose_device()
     if args.parity:
         results = [measure_parity(args, device)]
-        print(json.dumps(results[0]))
+        print(render_parity(results[0]))
     elif args.single:
         print(json.dumps(measure_nanochat(args, device) if args.single == "nanochat" else measure_ours(args, device)))
         return
@@ -309,7 +320,6 @@ def main() -> None:
         found = [run_child(sys.argv[1:], system, depth) for system in systems for depth in args.depths]
         results = sorted((result for result in found if result is not None), key=lambda result: result["depth"])
         print(render(results))
-        print(json.dumps(results))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -1,12 +1,8 @@
 """Talk to a model folder in the terminal: `python scripts/chat_cli.py runs/cpu/sft`."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-
-from chatmodel.chat.conversation import Sampling
-from chatmodel.chat.terminal import Terminal, complete_command
-from chatmodel.posttraining import load_stage_model
-from chatmodel.runtime import UserError, choose_device, entry_point
 
 
 def read_arguments() -> argparse.Namespace:
@@ -17,10 +13,15 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     parser.add_argument("--top_k", type=int, default=50)
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.model.is_dir():
+        parser.error(f"folder {args.model} does not exist; give a model folder, such as runs/cpu/sft")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("--prompt is empty; give it a question, or leave it out to talk")
+    return args
 
 
-def enable_line_editing() -> None:
+def enable_line_editing(complete_command: Callable[[str, int], str | None]) -> None:
     """Give input() arrow keys, a history of what was typed, and Tab for commands."""
     try:
         import readline
@@ -33,19 +34,26 @@ def enable_line_editing() -> None:
 
 def main() -> None:
     args = read_arguments()
+    # Imported here, as they take seconds that --help or a wrong path should not.
+    from chatmodel.chat.conversation import Sampling
+    from chatmodel.chat.terminal import Terminal, complete_command
+    from chatmodel.posttraining import load_stage_model
+    from chatmodel.runtime import choose_device
+
     sampling = Sampling(top_k=args.top_k, max_new_tokens=args.max_new_tokens).with_temperature(args.temperature)
     model, tokenizer = load_stage_model(args.model)
     model.to(choose_device()).eval()
     terminal = Terminal(model, tokenizer, system=args.system, sampling=sampling)
     if args.prompt is None:
-        enable_line_editing()
+        enable_line_editing(complete_command)
         terminal.run()
         return
-    if not args.prompt.strip():
-        raise UserError("--prompt is empty; give it a question, or leave it out to talk")
     terminal.conversation.ask(args.prompt)
     terminal.answer()
 
 
 if __name__ == "__main__":
+    read_arguments()
+    from chatmodel.runtime import entry_point
+
     entry_point(main)

@@ -6,11 +6,6 @@ Served for this machine only, unless --host says otherwise; whoever reaches the 
 import argparse
 from pathlib import Path
 
-from chatmodel.chat.conversation import Sampling
-from chatmodel.chat.page import Voice
-from chatmodel.posttraining import load_stage_model
-from chatmodel.runtime import UserError, choose_device, entry_point, logger
-
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -20,27 +15,40 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     parser.add_argument("--top_k", type=int, default=50)
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for folder in args.models:
+        if not folder.is_dir():
+            parser.error(f"folder {folder} does not exist; give model folders, such as runs/cpu/sft")
+    if len(set(args.models)) < len(args.models):
+        parser.error("a model folder is named twice; name each once")
+    if not 0 < args.port < 2**16:
+        parser.error(f"--port {args.port} is no port; give a number from 1 to 65535")
+    return args
 
 
 def main() -> None:
     args = read_arguments()
+    # Imported here, as they take seconds that --help or a wrong path should not.
+    from chatmodel.chat.conversation import Sampling
+    from chatmodel.chat.page import Voice
+    from chatmodel.posttraining import load_stage_model
+    from chatmodel.runtime import UserError, choose_device
+
     try:
         from chatmodel.chat.layout import Layout, launch_page
     except ImportError as error:
         raise UserError(f"{error}; install the page's packages with: pip install -e '.[web]'") from None
     sampling = Sampling(top_k=args.top_k, max_new_tokens=args.max_new_tokens).with_temperature(args.temperature)
-    names = [str(folder) for folder in args.models]
-    if len(set(names)) < len(names):
-        raise UserError("a model folder is named twice; name each once")
     device = choose_device()
     voices = []
-    for name, folder in zip(names, args.models, strict=True):
+    for folder in args.models:
         model, tokenizer = load_stage_model(folder)
-        voices.append(Voice(name, model.to(device).eval(), tokenizer))
-    logger.info("http://%s:%d (Ctrl-C ends it)", args.host, args.port)
+        voices.append(Voice(str(folder), model.to(device).eval(), tokenizer))
     launch_page(Layout(voices, sampling), host=args.host, port=args.port)
 
 
 if __name__ == "__main__":
+    read_arguments()
+    from chatmodel.runtime import entry_point
+
     entry_point(main)

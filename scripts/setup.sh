@@ -29,10 +29,23 @@ if [ "$(cat .venv/.setup 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
 
-echo "setting up .venv with $("$python" --version) from $python"
-"$python" -m venv .venv || fail "the venv module is missing; install it (apt install python3-venv) and start again"
+log=.venv/setup.log
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
-"${pip[@]}" install --quiet --upgrade "pip>=24"
+began=$SECONDS
+
+install() {  # what it is, then pip's arguments
+    echo "  $1"
+    shift
+    if ! "${pip[@]}" install "$@" >> "$log" 2>&1; then
+        tail -n 15 "$log" >&2
+        fail "pip could not install this; the end of what it said stands above, all of it in $log"
+    fi
+}
+
+echo "setting up .venv with $("$python" --version) from $python, once: a minute or two"
+"$python" -m venv .venv || fail "the venv module is missing; install it (apt install python3-venv) and start again"
+: > "$log"
+install "[1/3] pip" --upgrade "pip>=24"
 
 # On Linux the package index's torch brings gigabytes of CUDA; without an NVIDIA driver they would only lie there.
 torch_index=()
@@ -40,9 +53,10 @@ if [ "$(uname -s)" = Linux ] && ! has_nvidia; then
     if reaches "$python" https://download.pytorch.org/whl/cpu/torch/; then
         torch_index=(--index-url https://download.pytorch.org/whl/cpu)
     else
-        echo "PyTorch's CPU index cannot be reached, so torch comes from the package index, which may be a larger build."
+        echo "  PyTorch's CPU index cannot be reached, so torch comes from the package index, maybe a larger build"
     fi
 fi
-"${pip[@]}" install --quiet -c constraints.txt ${torch_index[@]+"${torch_index[@]}"} torch
-"${pip[@]}" install --quiet -c constraints.txt --editable ".[dev]"
+install "[2/3] torch, the largest part" -c constraints.txt ${torch_index[@]+"${torch_index[@]}"} torch
+install "[3/3] this project and the other packages" -c constraints.txt --editable ".[dev]"
 echo "$stamp" > .venv/.setup
+echo "  ready after $((SECONDS - began)) s"

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from chatmodel.report.tables import write_content
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, entry_point, read_json, requested_settings
 
@@ -25,6 +27,7 @@ STAGES = (
     ("rl_eval", "eval.py", "eval.yaml", ("--stage", "rl")),
 )
 TRAINING_STAGES = ("base", "mid", "sft", "rl")
+WORDS = "words.txt.gz"  # in a folder of conversations: the words that spelling is taught and tested with
 
 
 def read_arguments() -> argparse.Namespace:
@@ -34,14 +37,20 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", help="text: a Hub name, a folder, or 'embedded'; by default the preset's")
     parser.add_argument("--eval_bundle", help="CORE bundle: zip, folder, or the address of a zip")
     parser.add_argument("--chatcore", type=Path, help="folder of ChatCORE's data sets; by default the Hub's")
+    parser.add_argument("--conversations", type=Path, help="folder of conversations in place of the Hub's")
     parser.add_argument("--max_per_task", type=int, help="examples of each CORE and ChatCORE task")
     parser.add_argument("--run_generated_code", action="store_true", help="HumanEval: run programs the model wrote")
     parser.add_argument("--accelerate_config", type=Path, help="launch training stages with this Accelerate file")
     parser.add_argument("--hourly_rate", type=float, help="price of the machine in USD, for the report")
+    parser.add_argument("--beside", type=Path, help="another run's folder, for the report: its numbers beside ours")
+    parser.add_argument(
+        "--until", choices=[stage[0] for stage in STAGES], help="stop after this stage; by default none"
+    )
+    parser.add_argument("--prepare", action="store_true", help="only what needs no GPU: tokenizer and token store")
     args = parser.parse_args()
     args.preset = find_preset(args.preset)
     # Stages run in the project's folder, wherever this command was given.
-    for option in ("dataset", "eval_bundle", "chatcore", "accelerate_config"):
+    for option in ("dataset", "eval_bundle", "chatcore", "conversations", "accelerate_config", "beside"):
         value = getattr(args, option)
         if value is not None and Path(value).exists():
             setattr(args, option, type(value)(Path(value).resolve()))
@@ -73,7 +82,11 @@ def build_command(stage: tuple[str, str, str, tuple[str, ...]], args: argparse.N
         command += ["--dataset", args.dataset]
     if args.chatcore and name in ("mid", "sft", "rl"):
         command += ["--chatcore", str(args.chatcore)]
+    if args.conversations and name in ("mid", "sft"):
+        command += ["--conversations", str(args.conversations)]
     if name.endswith("_eval"):
+        if name != "base_eval" and args.conversations and (args.conversations / WORDS).is_file():
+            command += ["--words", str(args.conversations / WORDS)]
         for option in ("eval_bundle", "chatcore", "max_per_task"):
             if getattr(args, option) is not None:
                 command += [f"--{option}", str(getattr(args, option))]
@@ -90,33 +103,65 @@ def launch(name: str, command: list[str], accelerate_config: Path | None) -> Non
         raise UserError(f"stage {name} ended with exit code {code}; mend what it says above and start again")
 
 
-def show_conversation(run: Run) -> None:
+def prepare(args: argparse.Namespace, run: Run) -> None:
+    """The tokenizer and the token store, with which pretraining starts at once."""
+    command = build_command(STAGES[0], args, run)
+    if not run.is_finished("tokenizer", settings=requested_settings(command[1:])):
+        launch("tokenizer", command, None)
+    command = build_command(STAGES[1], args, run)
+    launch("prepare_data", ["scripts/prepare_data.py", *command[1:]], None)
+
+
+def write_report(args: argparse.Namespace, run: Run) -> None:
+    command = ["recipes/report.py", "--run_dir", shorten(run.run_dir)]
+    command += ["--hourly_rate", str(args.hourly_rate)] if args.hourly_rate else []
+    launch("report", command + (["--beside", shorten(args.beside)] if args.beside else []), None)
+
+
+def find_conversation(run: Run) -> list[dict[str, Any]]:
+    """A sample conversation of the last chat model that ends with an answer; empty where there is none."""
     for stage in ("rl_eval", "sft_eval"):
         result = run.read_result(stage)
-        samples = result["metrics"].get("samples") if result else None
-        if samples:
-            for message in samples[0]["messages"]:
-                print(f"{message['role']}: {message['content']}")
-            return
+        for sample in (result["metrics"].get("samples") or []) if result else []:
+            messages = sample.get("messages") or []
+            if messages and messages[-1]["role"] == "assistant" and write_content(messages[-1]["content"]).strip():
+                return messages
+    return []
+
+
+def show_outcome(run: Run) -> None:
+    """What the model says, and what to do with it next."""
+    for message in find_conversation(run):
+        print(f"{message['role']}: {write_content(message['content'])}")
+    sft, rl = shorten(run.folder("sft")), shorten(run.folder("rl"))
+    print(f"\nThe report: {shorten(run.folder('report.html'))}")
+    print(f"Talk to the model: .venv/bin/python scripts/chat_cli.py {rl}")
+    print(f"In the browser, before and after RL: .venv/bin/python scripts/chat_web.py {sft} {rl}")
 
 
 def main() -> None:
     args = read_arguments()
     run = Run(args.run_dir.resolve() if args.run_dir else ROOT / "runs" / args.preset.name)
     os.chdir(ROOT)
+    if args.prepare:
+        prepare(args, run)
+        return
     began = time.monotonic()
     for number, stage in enumerate(STAGES, start=1):
         name, command = stage[0], build_command(stage, args, run)
         if run.is_finished(name, settings=requested_settings(command[1:])):
             print(f"[{number}/{len(STAGES)}] {name}: finished before")
-            continue
-        print(f"[{number}/{len(STAGES)}] {name}", flush=True)
-        launch(name, command, args.accelerate_config)
-        seconds = read_json(run.result_path(name))["seconds"]
-        print(f"[{number}/{len(STAGES)}] {name}: {seconds:.0f} s, {(time.monotonic() - began) / 60:.1f} min in all")
-    report = ["recipes/report.py", "--run_dir", shorten(run.run_dir)]
-    launch("report", report + (["--hourly_rate", str(args.hourly_rate)] if args.hourly_rate else []), None)
-    show_conversation(run)
+        else:
+            print(f"[{number}/{len(STAGES)}] {name}", flush=True)
+            launch(name, command, args.accelerate_config)
+            seconds = read_json(run.result_path(name))["seconds"]
+            print(
+                f"[{number}/{len(STAGES)}] {name}: {seconds:.0f} s, {(time.monotonic() - began) / 60:.1f} min in all"
+            )
+        if name == args.until:
+            break
+    write_report(args, run)
+    show_outcome(run)
 
 
 if __name__ == "__main__":

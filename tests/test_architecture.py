@@ -13,9 +13,10 @@ LAYERS = [  # lowest first
     {"runs", "scaling", "tokenizer", "devices", "attention_kernels", "cross_entropy_kernel", "fp8", "fused_mlp"},
     {"data", "optim", "tokenizer_comparison", "losses", "attention", "training_layers"},
     {"conversations", "checkpoint", "train_step", "decoding"},
-    {"estimate", "probes", "generation", "rewards", "posttraining", "export"},
-    {"evaluation", "problems", "chat"},
-    {"training"},
+    {"estimate", "probes", "generation", "rewards", "posttraining", "preferences", "export"},
+    {"evaluation", "rollouts", "chat"},
+    {"training", "problems"},
+    {"finetuning", "reinforcement"},
     {"report"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -17,6 +17,7 @@ from chatmodel.scaling import plan_run
 from chatmodel.tokenizer import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
+USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 TINY = {
     "mixed_precision": "no",
     "depth": 1,
@@ -120,15 +121,33 @@ def test_a_model_folder_without_weights(recipe, base):
     assert "holds no weights" in recipe("sft.py", stage="mid")
 
 
-def test_a_conversation_without_an_assistant_turn(recipe, base, tmp_path):
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        (json.dumps([USER]), "row 2: the conversation has no assistant turn"),
+        (json.dumps([REPLY, USER]), "row 2: message 1 is from 'assistant' but should be from 'user'"),
+        (json.dumps([USER, REPLY | {"content": " "}]), "row 2: message 2 (from 'assistant') is empty"),
+        (json.dumps([USER, REPLY | {"tool_calls": [{"name": "search"}]}]), "row 2: message 2 uses a tool"),
+        (
+            json.dumps([USER, {"role": "assistant", "content": [{"type": "bash", "text": "ls"}]}]),
+            "unknown type 'bash'",
+        ),
+        (json.dumps({"text": "Once"}), "row 2: the row has no conversation in it (found: text)"),
+        ('{"messages": [', "line 2 is not valid JSON"),
+    ],
+)
+def test_a_conversation_that_cannot_be_trained_on(recipe, base, tmp_path, bad, named):
+    """Skipped where that is asked for: then all that is left is too long for rows of three tokens."""
     path = tmp_path / "chat.jsonl.gz"
-    good = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    with gzip.open(path, "wt") as file:
-        file.writelines(json.dumps({"messages": messages}) + "\n" for messages in (good, good[:1]))
-    (tmp_path / "sft.yaml").write_text(f"mixture: [{{name: mine, path: {path}}}]\nmax_length: 64\n")
+    path.write_bytes(gzip.compress(f"{json.dumps([USER, REPLY])}\n{bad}\n".encode()))
+    mixture = f"mixture: [{{name: mine, path: {path}}}]\n"
+    (tmp_path / "sft.yaml").write_text(f"{mixture}max_length: 64\n")
     sentence = recipe("sft.py", stage="mid", config=tmp_path / "sft.yaml")
-    assert "chat.jsonl.gz" in sentence
-    assert "assistant" in sentence
+    assert f"{path}, " in sentence
+    assert named in sentence
+    (tmp_path / "sft.yaml").write_text(f"{mixture}max_length: 3\nskip_invalid: true\n")
+    sentence = recipe("sft.py", stage="mid", config=tmp_path / "sft.yaml")
+    assert "none of the mixture's 2 conversations can be trained on: mine (1 lost to max_length 3, 1 inv" in sentence
 
 
 @pytest.mark.parametrize(
@@ -136,13 +155,31 @@ def test_a_conversation_without_an_assistant_turn(recipe, base, tmp_path):
     [
         ("[]", "empty"),
         ("[{name: Arithmetic, weight: 0}]", "weight 0"),
+        ("[{name: Arithmetic, rows: -1}]", "rows -1"),
+        ("[{name: Arithmetic, epochs: .nan}]", "epochs nan"),
+        ("[{name: arithmetic}]", "(did you mean Arithmetic?)"),
+        ("[{name: SmolTalk, streaming: true}]", "say how many rows"),
         ("[{name: Nothing}]", "Nothing"),
         ("[{name: mine, path: /nowhere.jsonl}]", "/nowhere.jsonl"),
         ("[{name: Arithmetic, row: 3}]", "row"),
     ],
 )
 def test_a_mixture_that_cannot_be(recipe, base, tmp_path, mixture, named):
-    (tmp_path / "sft.yaml").write_text(f"mixture: {mixture}\n")
+    (tmp_path / "sft.yaml").write_text(f"mixture: {mixture}\nmax_length: 64\n")
+    assert named in recipe("sft.py", stage="mid", config=tmp_path / "sft.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ("max_length: 257", "max_length=257 is more than the model's context of 256"),
+        ("max_length: 64\nvalidation_mixture: [{name: mine, path: /nowhere.jsonl}]", "/nowhere.jsonl"),
+        ("max_length: 64\neval_strategy: steps\neval_steps: 5", "validation_mixture is empty"),
+    ],
+)
+def test_what_fine_tuning_cannot_do(recipe, base, tmp_path, settings, named):
+    """Said before the training mixture, which is wrong too, is looked at."""
+    (tmp_path / "sft.yaml").write_text(f"mixture: [{{name: mine, path: /absent.jsonl}}]\n{settings}\n")
     assert named in recipe("sft.py", stage="mid", config=tmp_path / "sft.yaml")
 
 

@@ -43,3 +43,6 @@ def test_parity_is_found(bench, arguments):
     result = bench.measure_parity(arguments, torch.device("cpu"))
     assert result["equal"] == result["prompts"] == 3
     assert result["divergences"] == []
+    assert bench.render_parity(result) == "3 of 3 prompts: the tokens of plain generate (torch.float32)"
+    parted = result | {"equal": 2, "divergences": [{"prompt_tokens": 7, "at": 3, "margin": 0.01}]}
+    assert bench.render_parity(parted).splitlines()[1:] == ["prompt of 7 tokens: another token at 3, behind by 0.0100"]

@@ -131,6 +131,21 @@ def test_a_session_in_a_terminal(parrot, tmp_path):
     assert not COLOUR.search(terminal.raw), "a dumb terminal has no colours"
 
 
+@pytest.mark.parametrize("script", ["chat_cli.py", "chat_web.py"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--help"], "--top_k"), (["nowhere/sft"], "folder nowhere/sft does not exist"), (["--hepl"], "usage")],
+)
+def test_a_wrong_command_line_does_not_wait_for_torch(script, options, said):
+    command = [sys.executable, "-X", "importtime", str(SCRIPT.with_name(script)), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == (0 if options == ["--help"] else 2)
+    assert said in ended.stdout + ended.stderr
+    assert "argparse" in ended.stderr
+    assert "torch" not in ended.stderr
+    assert "chatmodel" not in [line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()]
+
+
 @pytest.mark.slow
 def test_one_question_on_the_command_line(parrot, tmp_path, monkeypatch):
     command = [sys.executable, str(SCRIPT), str(parrot), "--prompt"]
@@ -144,7 +159,6 @@ def test_one_question_on_the_command_line(parrot, tmp_path, monkeypatch):
     specification.loader.exec_module(chat_cli)
     for options, message in (
         (["1234567890" * 2000], "context holds 4096"),
-        ([" "], "--prompt is empty"),
         (["Hi", "--temperature", "-1"], "temperature -1"),
         (["Hi", "--top_k", "0"], "top_k=0"),
     ):

@@ -17,6 +17,7 @@ from parrot import make_parrot
 from chatmodel.chat.conversation import Sampling
 from chatmodel.chat.page import Voice
 from chatmodel.checkpoint import save_model_folder
+from chatmodel.runtime import UserError
 
 gradio = pytest.importorskip("gradio", reason="the web page needs gradio: pip install -e '.[web]'")
 
@@ -52,6 +53,34 @@ def test_the_parts_do_what_they_say(parrot, tokenizer):
     layout.end(me)
     described = layout.blocks.get_api_info()
     assert described["named_endpoints"] == {}, "what the page does is no interface for programs"
+
+
+def test_the_address_is_said_once_the_page_is_there(parrot, tokenizer, monkeypatch, caplog, capsys):
+    from chatmodel.chat import layout
+
+    caplog.set_level("INFO", "chatmodel")
+    page = layout.Layout([Voice("parrot", parrot, tokenizer)], Sampling())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot be served at 127.0.0.1:{port}: the port is taken"):
+            layout.launch_page(page, host="127.0.0.1", port=port)
+    assert not caplog.messages
+    visited = []
+
+    class Visit:
+        def wait(self) -> None:
+            visited.append(urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).status)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(layout, "Event", Visit)
+    layout.launch_page(page, host="127.0.0.1", port=port)
+    assert visited == [200]
+    assert [message for message in caplog.messages if "http" in message and "127" in message] == [
+        f"the page is at http://127.0.0.1:{port}/ (Ctrl-C ends it)"
+    ]
+    assert capsys.readouterr().out == "", "nothing of gradio's own"
 
 
 @pytest.fixture(scope="module")

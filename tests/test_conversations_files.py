@@ -4,7 +4,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from chatmodel.conversations.files import convert_row, read_rows
+from chatmodel.conversations.files import convert_row, read_rows, stream_rows
+from chatmodel.conversations.render import render_conversation
 from chatmodel.runtime import UserError
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -86,6 +87,8 @@ def test_sharegpt_system():
         ({"messages": "Hi"}, "found: messages"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "from 'tool'"),
         ({"conversations": [{"value": "x"}]}, "not of the form"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"from \['gpt'\]"),
+        ({"instruction": 3, "output": "x"}, "'instruction' is 3, which is no text"),
     ],
 )
 def test_rows_without_a_conversation(row, complaint):
@@ -116,3 +119,55 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no file"):
         read_rows(tmp_path / "empty")
+
+
+def test_windows_files_and_all_of_unicode(tmp_path, tokenizer):
+    """A byte order mark, CRLF between rows and inside them, and characters of every kind come through as they are."""
+    text = "Größe 東京 🙂 e\u0301\r\nline\u2028two"
+    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}] * 2
+    for number, ascii_only in enumerate((True, False)):
+        path = tmp_path / f"{number}.jsonl"
+        content = "\r\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+        path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert [convert_row(row) for row in read_rows(path).rows] == [row["messages"] for row in rows]
+        assert [row for _, row in stream_rows(path)] == rows
+    ids = render_conversation(tokenizer, rows[0]["messages"]).input_ids
+    assert tokenizer.decode(ids).count(text) == 2
+
+
+def test_multi_turn_and_system_in_each_layout(tokenizer):
+    texts = ["Be brief.", "Hi", "Hello", "Bye", "Bye!"]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    senders = ["system", "human", "gpt", "human", "gpt"]
+    turns = [{"from": sender, "value": text} for sender, text in zip(senders, texts, strict=True)]
+    for row in ({"messages": messages}, {"conversations": turns}, {"conversations": messages}, messages):
+        assert convert_row(row) == messages
+    rendered = render_conversation(tokenizer, messages)
+    assert tokenizer.decode(rendered.input_ids) == (
+        "<|bos|><|user_start|>Be brief.\n\nHi<|user_end|><|assistant_start|>Hello<|assistant_end|>"
+        "<|user_start|>Bye<|user_end|><|assistant_start|>Bye!<|assistant_end|>"
+    )
+    trained = [token_id for token_id, kept in zip(rendered.input_ids, rendered.mask, strict=True) if kept]
+    assert tokenizer.decode(trained) == "Hello<|assistant_end|>Bye!<|assistant_end|>"
+
+
+def test_a_bad_line_can_be_kept_in_its_place(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{json.dumps(TALK)}\n{{"cut off\n{json.dumps(TALK)}')
+    rows = read_rows(path, keep_bad=True).rows
+    assert [convert_row(row) for row in rows[::2]] == [TALK, TALK]
+    with pytest.raises(UserError, match="line 2 is not valid JSON"):
+        convert_row(rows[1])
+
+
+def test_streaming_reads_a_folder_and_names_its_rows(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", [{"messages": TALK}])
+    Dataset.from_list([{"messages": TALK}] * 3).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "c.json").write_text(json.dumps([TALK]))
+    found = list(stream_rows(tmp_path))
+    assert [convert_row(row) for _, row in found] == [TALK] * 5
+    assert [where for where, _ in found][2:4] == [f"{tmp_path / 'a.parquet'}, row 3", f"{tmp_path / 'b.jsonl'}, row 1"]
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(json.dumps(TALK).encode() * 99)[:-20])
+    with pytest.raises(UserError, match=r"d\.jsonl\.gz is damaged"):
+        list(stream_rows(tmp_path))

@@ -15,6 +15,7 @@ from chatmodel.conversations.generated import (
     select_words,
 )
 from chatmodel.conversations.identity import Identity, load_identity
+from chatmodel.conversations.multi_turn import name_last_skill
 from chatmodel.conversations.render import render_conversation
 from chatmodel.conversations.spelling import QUESTIONS
 from chatmodel.data.words import is_held_out
@@ -131,7 +132,8 @@ def test_results_are_the_calculators_and_true(name):
 def test_word_splits_share_no_word():
     train, test = select_words(WORDS, "train"), select_words(WORDS, "test")
     assert sorted(train + test) == sorted(WORDS)
-    for name in WORD_TASKS:
+    assert set(WORD_TASKS) - {"MultiTurn"} < set(GENERATED_TASKS)
+    for name in ("SimpleSpelling", "SpellingBee", "LetterCounting"):
         for split, words in (("train", train), ("test", test)):
             for index in range(50):
                 reply = text_of(generate_conversation(name, index, split=split, words=words))
@@ -220,7 +222,18 @@ def test_identity_from_a_file(tmp_path):
     replies = {generate_conversation("Identity", i, split="train", identity=facts)[1]["content"] for i in range(200)}
     assert "My name is Tiny." in replies
     assert "I was made by Ann {and} Bob." in replies
-    for text, complaint in [("nickname: T", "unknown fact 'nickname'"), ("- a", "must give a text"), ("a: [", "YAML")]:
+    for text, complaint in [
+        ("nickname: T", "unknown fact 'nickname'"),
+        ("nam: T", r"unknown fact 'nam' \(did you mean name\?\)"),
+        ("- a", "must give a text"),
+        ("name: true", "not True for 'name'"),
+        ("name: ' '", "must give a text"),
+        ("skills: [spell, 3]", "must give a text"),
+        ("a: [", "YAML"),
+        ("questions: yes", "questions that are no list"),
+        ("questions: [{ask: Hm}]", "question 1 .* is not of the form"),
+        ("questions: [{ask: [], reply: No}]", "question 1 .* has no text for 'ask'"),
+    ]:
         path.write_text(text)
         with pytest.raises(UserError, match=complaint):
             load_identity(path)
@@ -245,3 +258,78 @@ def test_unknown_task():
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
+
+
+FACTS = """
+name: Tiny
+date: 2026-11-23
+size: 3 million parameters
+languages: [English, German]
+cannot: [browse the web, see pictures, remember yesterday]
+home: example.org
+questions:
+  - ask: ["Do you like pizza?", "Pizza?", "Fond of pizza?", "Hungry?", "Is pizza good?"]
+    reply: I do not eat.
+"""
+
+
+def test_every_fact_is_asked_about_and_told(tmp_path):
+    (tmp_path / "facts.yaml").write_text(FACTS)
+    facts = load_identity(tmp_path / "facts.yaml")
+    assert facts.cannot == "browse the web, see pictures and remember yesterday"
+    told = {split: set() for split in ("train", "test")}
+    for split, replies in told.items():
+        for index in range(600):
+            messages = generate_conversation("Identity", index, split=split, identity=facts)
+            assert len(messages) == 2
+            assert check_reply("Identity", messages, messages[1]["content"], identity=facts)
+            assert not check_reply("Identity", messages, "No idea.", identity=facts)
+            replies.add(messages[1]["content"])
+    assert told["train"] == told["test"]
+    for reply in (
+        "I was made in 2026-11-23.",
+        "I speak English and German.",
+        "I do not eat.",
+        "I have 3 million parameters.",
+    ):
+        assert reply in told["train"]
+    plain = {generate_conversation("Identity", i, split="train")[1]["content"] for i in range(600)}
+    assert len(plain) == 15, "facts that are not given are not asked about"
+
+
+def test_identity_in_several_turns(tmp_path):
+    (tmp_path / "facts.yaml").write_text(FACTS)
+    facts = load_identity(tmp_path / "facts.yaml")
+    lengths = set()
+    asked = {"train": set(), "test": set()}
+    for split, questions in asked.items():
+        for index in range(400):
+            messages = generate_conversation("Identity", index, split=split, identity=facts, turns=3)
+            assert messages[:2] == generate_conversation("Identity", index, split=split, identity=facts)
+            assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+            lengths.add(len(messages))
+            if split == "test":
+                assert check_reply("Identity", messages, messages[-1]["content"], identity=facts)
+            for opening in (*identity.OPENINGS, *identity.LATER_OPENINGS):
+                texts = [m["content"].lower().removeprefix(opening.lower()) for m in messages[::2]]
+                questions.update(texts if opening else ())
+    assert lengths == {2, 4, 6, 8}, "one to three questions, and thanks"
+    held_out = {q.lower() for topic in facts.topics().values() for q in topic[1]}
+    assert held_out <= asked["test"]
+    assert not held_out & asked["train"]
+
+
+def test_multi_turn_chains_skills_of_its_split():
+    train, test = select_words(WORDS, "train"), select_words(WORDS, "test")
+    skills = set()
+    for split, words in (("train", train), ("test", test)):
+        for index in range(200):
+            messages = generate_conversation("MultiTurn", index, split=split, words=words, turns=4)
+            assert len(messages) in (4, 6, 8)
+            skills.add(name_last_skill(messages))
+            assert check_reply("MultiTurn", messages, text_of(messages))
+            for message in messages[1::2]:
+                spelled = isinstance(message["content"], str) and re.fullmatch(r"(\w+):\w(,\w)*", message["content"])
+                assert not spelled or is_held_out(spelled[1]) == (split == "test")
+    assert skills == {"Arithmetic", "SimpleSpelling", "Identity"}
+    assert {len(generate_conversation("MultiTurn", i, split="train", words=train)) for i in range(50)} == {4, 6}

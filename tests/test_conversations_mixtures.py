@@ -1,21 +1,22 @@
+import gzip
 import json
 import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
+from datasets import Dataset
 
-from chatmodel.conversations.mixtures import (
-    MixtureEntry,
-    Source,
-    count_rows,
-    load_mixture,
-    mix_rows,
-    open_entry,
-    parse_mixture,
-)
+from chatmodel.conversations import datasets, mixtures, sources
+from chatmodel.conversations.mixtures import count_rows, describe_counts, load_mixture, mix_rows, preview_mixture
 from chatmodel.conversations.render import render_conversation
+from chatmodel.conversations.sources import MixtureEntry, Source, open_entry, parse_mixture
 from chatmodel.data.words import is_held_out
 from chatmodel.runtime import UserError
 
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 WORDS = ["absent", "bright", "candle", "dinner", "engine", "famous", "garden", "hollow", "island", "kettle", "lemon"]
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
 
@@ -92,14 +93,22 @@ def test_no_row_without_a_trained_label_leaves(tokenizer, tmp_path):
         load_mixture([write_rows(tmp_path / "only.jsonl", [long])], tokenizer, max_length=32)
 
 
-def test_a_conversation_without_an_assistant_is_named_or_skipped(tokenizer, tmp_path):
+def test_a_conversation_without_an_assistant_is_named_or_skipped(tokenizer, tmp_path, caplog):
     rows = [{"messages": TALK}, {"messages": TALK[:1]}, {"text": "no conversation"}, {"messages": TALK + TALK}]
     path = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(UserError, match=r"bad\.jsonl, row (2: .*no assistant turn|3: .*no conversation)"):
         load_mixture([path], tokenizer, max_length=64)
-    dataset, counts = load_mixture([path], tokenizer, max_length=64, skip_invalid=True)
+    with open(path, "a") as file:
+        file.write("\n{broken\n")
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 5 is not valid JSON"):
+        load_mixture([path], tokenizer, max_length=64)
+    with caplog.at_level("WARNING", logger="chatmodel"):
+        dataset, counts = load_mixture([path], tokenizer, max_length=64, skip_invalid=True)
     assert len(dataset) == counts[0]["rows"] == 2
-    assert counts[0]["skipped"] == 2
+    assert counts[0]["skipped"] == 3
+    assert "3 invalid conversations left out" in caplog.text
+    for problem in ("row 2: the conversation has no assistant turn", "row 3: the row has no conversation", "line 5"):
+        assert problem in caplog.text
 
 
 def test_rows_epochs_and_weights():
@@ -155,6 +164,12 @@ def test_identity_and_word_list_from_a_path(tmp_path):
     (tmp_path / "words.txt").write_text("apple\norange\nbanana\nmelon\ncherry\n")
     who = open_entry(MixtureEntry("Identity", path=str(tmp_path / "who.yaml")))
     assert any("Tiny" in who.read(index)[1]["content"] for index in range(20))
+    facts = open_entry(MixtureEntry("Identity", facts=str(tmp_path / "who.yaml"), turns=3))
+    assert facts.read(0)[:2] == who.read(0)
+    assert max(len(facts.read(index)) for index in range(20)) > 2
+    both = MixtureEntry("MultiTurn", path=str(tmp_path / "words.txt"), facts=str(tmp_path / "who.yaml"), turns=2)
+    assert {len(open_entry(both).read(index)) for index in range(20)} == {4}
+    assert "Tiny" in str([open_entry(both).read(index) for index in range(20)])
     spelling = open_entry(MixtureEntry("SimpleSpelling", path=str(tmp_path / "words.txt")))
     assert spelling.read(0)[1]["content"][:5] in "apple orange banana melon cherry"
 
@@ -176,6 +191,16 @@ def test_identity_and_word_list_from_a_path(tmp_path):
         ([{"name": "X", "rows": True}], "rows True"),
         ([{"name": "X", "path": 3}], "path 3; it must be text"),
         ([{"name": "X", "epochs": 1, "weight": 1}], "both epochs and weight"),
+        ([{"name": "X", "weight": float("nan")}], "weight nan"),
+        ([{"name": "X", "epochs": float("inf")}], "epochs inf"),
+        ([{"name": "X", "rows": -3}], "rows -3"),
+        ([{"name": "X", "too_long": "keep"}], "too_long 'keep'; it must be 'cut' or 'drop'"),
+        ([{"name": "X", "streaming": 1}], "streaming 1; it must be true or false"),
+        ([{"name": "X", "streaming": True}], "say how many rows"),
+        ([{"name": "Identity", "streaming": True}], "nothing to stream"),
+        ([{"name": "X", "facts": "me.yaml"}], "has facts, which only"),
+        ([{"name": "Arithmetic", "turns": 2}], "has turns, which only"),
+        ([{"name": "MultiTurn", "turns": 0}], "turns 0; give a number above 0, whole"),
     ],
 )
 def test_wrong_entries_are_named(entries, complaint):
@@ -187,8 +212,12 @@ def test_what_is_not_there_is_named(tokenizer, tmp_path):
     def load(entry, **options):
         return load_mixture([entry], tokenizer, max_length=options.pop("max_length", 64), **options)
 
-    with pytest.raises(UserError, match="'Poetry' is not known"):
+    with pytest.raises(UserError, match="'Poetry' is not known; known are"):
         load("Poetry")
+    with pytest.raises(UserError, match=r"'gsm8k' is not known \(did you mean GSM8K\?\)"):
+        load("gsm8k")
+    with pytest.raises(UserError, match=r"'WordProblem' is not known \(did you mean WordProblems\?\)"):
+        load("WordProblem")
     with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
         load({"name": "mine", "path": str(tmp_path / "none.jsonl")})
     with pytest.raises(UserError, match=r"data/none\.jsonl does not exist"):
@@ -197,6 +226,126 @@ def test_what_is_not_there_is_named(tokenizer, tmp_path):
         load("ann/talk")
     with pytest.raises(UserError, match="max_length is 1"):
         load("Arithmetic", max_length=1)
+
+
+def test_too_long_conversations_are_cut_or_dropped(tokenizer, tmp_path, caplog):
+    half = {"messages": [TALK[0], {"role": "assistant", "content": "word " * 200}]}
+    path = write_rows(tmp_path / "long.jsonl", [half, {"messages": TALK}])
+    for rule, rows, cut, dropped in (("cut", 2, 1, 0), ("drop", 1, 0, 1)):
+        dataset, counts = load_mixture([{"name": path, "too_long": rule}], tokenizer, max_length=32)
+        assert [len(dataset), *(counts[0][key] for key in ("rows", "cut", "dropped"))] == [rows, rows, cut, dropped]
+    path = write_rows(tmp_path / "all.jsonl", [half])
+    load_mixture([{"name": path, "too_long": "drop"}, "Arithmetic"], tokenizer, max_length=32)
+    assert f"{path}: none of its conversations can be trained on" in caplog.text
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_stream_gives_its_first_rows_shuffled(tokenizer, tmp_path, ending, monkeypatch):
+    rows = [{"messages": [TALK[0], {"role": "assistant", "content": f"reply {n}"}]} for n in range(50)]
+    path = tmp_path / f"smoltalk_train{ending}"
+    if ending == ".parquet":
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        text = "\n".join(map(json.dumps, rows)).encode()
+        path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
+    monkeypatch.setattr(sources, "SHUFFLE_ROWS", 8)
+    entry = {"name": "SmolTalk", "rows": 20, "streaming": True}
+    dataset, counts = load_mixture([entry, "Arithmetic"], tokenizer, max_length=64, chatcore_folder=tmp_path)
+    again, _ = load_mixture([entry, "Arithmetic"], tokenizer, max_length=64, chatcore_folder=tmp_path)
+    assert dataset.cache_files, "on the disk, not in memory"
+    assert list(dataset["input_ids"]) == list(again["input_ids"])
+    assert counts[0]["rows"] == 20
+    found = [row["input_ids"] for row in dataset if row["source"] == "SmolTalk"]
+    first = [render_conversation(tokenizer, row["messages"]).input_ids for row in rows[:20]]
+    assert sorted(found) == sorted(first)
+    assert found != first
+    twice, _ = load_mixture([entry | {"path": str(path), "epochs": 2}], tokenizer, max_length=64)
+    assert sorted(twice["input_ids"]) == sorted(first * 2)
+    with pytest.raises(UserError, match="ends after 50 rows, but 51 are asked for"):
+        load_mixture([{"name": str(path), "rows": 51, "streaming": True}], tokenizer, max_length=64, skip_invalid=True)
+
+
+def test_a_stream_from_the_hub_holds_no_more_than_its_buffer(tokenizer, monkeypatch):
+    """A stand-in for the Hub that counts the rows it has given."""
+    given = []
+
+    def stream(hub, subset, split, streaming):
+        assert (hub, subset, split, streaming) == ("HuggingFaceTB/smol-smoltalk", None, "train", True)
+
+        def rows():
+            for n in range(10**9):
+                given.append(n)
+                yield {"messages": [TALK[0], {"role": "assistant", "content": str(n)}]}
+
+        return rows()
+
+    monkeypatch.setattr(datasets, "HfApi", lambda: SimpleNamespace(dataset_info=lambda hub, timeout: None))
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    monkeypatch.setattr(sources, "SHUFFLE_ROWS", 5)
+    source = open_entry(MixtureEntry("SmolTalk", rows=30, streaming=True))
+    assert source.count == 30
+    assert len(given) == 6, "the buffer, and the row that pushed the first one out"
+    seen = []
+    for index in range(10):
+        seen.append(int(source.read(index)[1]["content"]))
+        assert len(given) == 6 + index
+    assert len(set(seen)) == 10
+    assert source.locate(9) == f"HuggingFaceTB/smol-smoltalk (train), row {seen[-1] + 1}"
+    monkeypatch.setattr(datasets, "HfApi", lambda: 1 / 0)
+    with pytest.raises(UserError, match=r"SmolTalk \(train\) is absent"):
+        open_entry(MixtureEntry("SmolTalk", rows=30, streaming=True))
+
+
+def test_a_large_mixture_is_the_same_on_the_disk(tokenizer, talks, monkeypatch):
+    small, _ = load_mixture([talks, "Identity"], tokenizer, max_length=64)
+    monkeypatch.setattr(mixtures, "LARGE_MIXTURE", 100)
+    large, _ = load_mixture([talks, "Identity"], tokenizer, max_length=64)
+    assert large.cache_files
+    assert not small.cache_files
+    assert list(large) == list(small)
+    assert large.features == small.features
+
+
+def test_a_stand_in_is_a_file_of_conversations(talks):
+    source = open_entry(MixtureEntry("SmolTalk", path=talks))
+    assert (source.name, source.count) == ("SmolTalk", 7)
+    assert source.read(0)[0]["content"].startswith("Say")
+    assert open_entry(MixtureEntry("GSM8K", path=talks)).read(0)[0]["content"].startswith("Say")
+
+
+def test_counts_are_described(tokenizer, tmp_path, caplog):
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": TALK}, {"messages": [TALK[0] | {"content": "x" * 99}]}])
+    entries = [{"name": "mine", "path": path}, {"name": "Arithmetic", "rows": 2}]
+    with caplog.at_level("INFO", logger="chatmodel"):
+        _, counts = load_mixture(entries, tokenizer, max_length=64, skip_invalid=True)
+    lines = describe_counts(counts)
+    tokens = [count["tokens"] for count in counts]
+    share = f"{tokens[0] / sum(tokens):.1%}"
+    trained = len(tokenizer.encode("Hello there", add_special_tokens=False)) + 1
+    assert lines[0] == (
+        f"mine: 1 conversations, {tokens[0]} tokens ({share}), {trained} of them trained; 1 skipped as invalid"
+    )
+    assert lines[-1].startswith(f"all: 3 conversations, {sum(tokens)} tokens (100.0%)")
+    assert all(line in caplog.text for line in lines)
+
+
+def test_the_preview_begins_with_a_users_own_rows(tokenizer, talks):
+    dataset, _ = load_mixture(["Arithmetic", {"name": "mine", "path": talks}], tokenizer, max_length=64)
+    legend, *lines = preview_mixture(dataset, tokenizer, 2)
+    assert "green" in legend
+    assert "grey" in legend
+    assert [line.partition(":")[0] for line in lines] == ["mine", "mine", "Arithmetic", "Arithmetic"]
+    assert "\033[90m<|user_start|>\033[0m" in lines[0]
+    assert "\033[92m<|assistant_end|>\033[0m" in lines[0]
+
+
+@pytest.mark.data
+def test_the_seeds_sft_mixture_has_its_22439_rows(data_root):
+    entries = parse_mixture(yaml.safe_load((CONFIGS / "seed" / "sft.yaml").read_text())["mixture"])
+    stand_in = str(data_root / "chat" / "instruct_mixed.jsonl.gz")
+    entries = [replace(entry, path=stand_in) if entry.name == "SmolTalk" else entry for entry in entries]
+    opened = [open_entry(entry, folder=data_root / "chatcore", words=WORDS) for entry in entries]
+    assert sum(count_rows(entries, opened)) == 22_439
 
 
 @pytest.mark.data

@@ -130,7 +130,15 @@ def test_prompt_is_the_conversation_before_the_reply(tokenizer):
         ([REPLY], "message 1 is from 'assistant' but should be from 'user'"),
         ([USER, USER], "message 2 is from 'user' but should be from 'assistant'"),
         ([SYSTEM, USER, USER], "message 3 is from 'user'"),
-        ([USER, {"role": "tool", "content": "19"}], "message 2 is from 'tool'"),
+        (
+            [USER, {"role": "tool", "content": "19"}],
+            "message 2 uses a tool .'19'., and the only one is the calculator",
+        ),
+        (
+            [USER, REPLY | {"tool_calls": [{"name": "search"}]}],
+            "message 2 uses a tool .*search.*only one is the calculator",
+        ),
+        ([USER, {"role": "assistant", "content": "half of \ud83d"}], "message 2 has half of a character"),
         ([SYSTEM], "not followed by a message from the user"),
         ([SYSTEM, REPLY], "not followed by a message from the user"),
         ([USER], "no assistant turn"),
@@ -163,4 +171,4 @@ def test_a_foreign_tokenizer_is_refused():
 
 def test_preview_colours_what_is_trained(tokenizer):
     a, b = tokenizer.encode("ab", add_special_tokens=False)
-    assert preview_masks(Rendered([a, b], [0, 1]), tokenizer) == "\033[91ma\033[0m|\033[92mb\033[0m"
+    assert preview_masks(Rendered([a, b], [0, 1]), tokenizer) == "\033[90ma\033[0m|\033[92mb\033[0m"

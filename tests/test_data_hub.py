@@ -76,6 +76,16 @@ def test_unreachable_hub_says_what_to_do():
         stream_all("nobody/nothing-of-this-name", "train")
 
 
+def test_what_is_waited_for_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    caplog.set_level("INFO", "chatmodel")
+    for _ in range(2):
+        hub.announce_question("nobody/asked-before")
+    assert caplog.messages == [
+        "asking the Hub for dataset nobody/asked-before (for half a minute, if it does not answer)"
+    ]
+
+
 def test_folder_that_datasets_cannot_open(tmp_path):
     with pytest.raises(UserError, match="cannot be opened from the Hub"):
         stream_all(str(tmp_path), "train")

@@ -45,7 +45,8 @@ class LaggingSteps(PlainSteps):
 
     def run(self, count, sampling, *, longest, even):
         step = partial(super().run, count, sampling, longest=self.state.length - 1, even=False)
-        return torch.cat([step() for _ in range(4)])
+        emitted, logps = zip(*(step() for _ in range(4)), strict=True)
+        return torch.cat(emitted), torch.cat(logps) if sampling.scored else None
 
 
 def decode(model, prompts, *, rows, sampling=None, ends=(), max_new_tokens=20, dtype=torch.float32, steps=PlainSteps):
@@ -181,6 +182,7 @@ def test_trained_weights_are_taken_over():
 def test_an_engine_ends_with_its_model():
     model = make_model()
     find_engine(model)
+    gc.collect()  # of other tests' models
     count = len(pool._ENGINES)
     del model
     gc.collect()

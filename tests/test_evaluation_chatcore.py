@@ -143,7 +143,7 @@ def test_without_all_six_there_is_no_chatcore(monkeypatch, chat_model, tokenizer
     assert "data absent" in tasks["GSM8K"]["not_run"]
     assert "openai/gsm8k" in tasks["GSM8K"]["how"]
     assert "words_alpha.txt" in tasks["SpellingBee"]["how"]
-    assert tasks["HumanEval"]["how"] == "evaluate again with --run_generated_code"
+    assert tasks["HumanEval"]["how"] == "evaluate again with `--run_generated_code`"
     assert [tasks[name]["n"] for name in ("ARC-Easy", "ARC-Challenge", "MMLU")] == [2, 2, 2]
     with pytest.raises(UserError, match="max_per_task is -1"):
         evaluate_chatcore(chat_model, tokenizer, folder=folder, limits=ChatLimits(max_per_task=-1))

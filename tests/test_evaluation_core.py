@@ -220,7 +220,7 @@ def test_bad_bundles_get_one_sentence(bundle, tmp_path):
     def load(path, **options):
         return list(load_core_tasks(path, **options))
 
-    with pytest.raises(UserError, match=r"missing\.zip does not exist; curl"):
+    with pytest.raises(UserError, match=r"missing\.zip does not exist; `curl"):
         load(tmp_path / "missing.zip")
     (tmp_path / "text.zip").write_text("no archive")
     with pytest.raises(UserError, match="neither a folder nor a zip file"):
@@ -316,7 +316,7 @@ def test_chunks_are_prepared_in_order_and_ahead():
 def test_dclms_corrections_are_the_shares_of_the_most_frequent_answer_or_of_a_choice(data_root):
     tasks = {task.label: task for task in load_core_tasks(data_root / "eval_bundle.zip")}
     golds = [example["gold"] for example in tasks["commonsense_qa"].examples]
-    assert round(golds.count(2) / len(golds), 3) == tasks["commonsense_qa"].dclm_baseline == 0.403
+    assert round(golds.count(2) / len(golds), 3) == pytest.approx(tasks["commonsense_qa"].dclm_baseline) == 0.403
     for label in ("agi_eval_lsat_ar", "bigbench_language_identification"):
         assert {len(example["choices"]) for example in tasks[label].examples} == {4}
         assert tasks[label].dclm_baseline == 0.25

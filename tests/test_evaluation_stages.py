@@ -125,7 +125,7 @@ def test_recipe_evaluates_a_model_without_a_run(monkeypatch, run, bundle, tmp_pa
         ({"model": "gpt2"}, "either --run_dir"),
         ({"run_dir": None, "model": "gpt2"}, "needs --output"),
         ({"max_per_task": 0}, "max_per_task=0 must be at least 1"),
-        ({"eval_bundle": Path("nowhere.zip")}, r"nowhere\.zip does not exist; leave it out, or curl"),
+        ({"eval_bundle": Path("nowhere.zip")}, r"nowhere\.zip does not exist; leave it out, or `curl"),
     ],
 )
 def test_bad_arguments_get_one_sentence(changes, message):
@@ -167,4 +167,4 @@ def test_recipe_refuses_what_is_not_there(monkeypatch, run, tmp_path, capsys):
     assert "stage rl_eval needs stage rl" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         start_recipe(monkeypatch, "--model", tmp_path, "--output", tmp_path / "x.json")
-    assert f"model {tmp_path} cannot be loaded" in capsys.readouterr().err
+    assert f"{tmp_path} holds no model" in capsys.readouterr().err

@@ -95,3 +95,23 @@ def test_the_calculator_does_not_stop_the_batch(tokenizer):
     expected = decode(model, requests, rows=4, steps=PlainSteps)
     assert decode(model, requests, rows=4) == expected
     assert tokenizer.decode(expected[0]).startswith("<|output_start|>42<|output_end|>")
+
+
+def test_log_probabilities_come_with_the_tokens():
+    """The same from plain PyTorch and from graphs, and again when the graphs are there already."""
+    model, requests = build(), make_requests(8)
+    sampling = Sampling(1.0, 40, scored=True)
+    weights = Engine(model, torch.float32).weights
+    found = {}
+    for name, steps, options in (("plain", PlainSteps, {}), ("graphs", GraphedSteps, {})):
+        state = DecodingState(weights, rows=8, length=320, longest_forced=80)
+        decoder = Decoder(weights, steps(weights, state, (), **options))
+        for turn in range(2):
+            for progress in decoder.decode(requests, sampling):
+                logps = found.setdefault((name, turn, progress.index), [])
+                logps += progress.logps
+                assert len(progress.logps) == len(progress.ids)
+    for turn in range(2):
+        for index in range(8):
+            expected = torch.tensor(found["plain", turn, index])
+            torch.testing.assert_close(torch.tensor(found["graphs", turn, index]), expected, atol=1e-3, rtol=1e-3)

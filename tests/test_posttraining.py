@@ -1,4 +1,4 @@
-"""What mid-training, SFT and RL share: batches, histories, checkpoints of a Trainer, and the guard on gradients."""
+"""What mid-training, SFT and RL share: histories, checkpoints of a Trainer, and the guard on gradients."""
 
 import json
 from types import SimpleNamespace
@@ -6,25 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_model
-from datasets import Dataset
 
 from chatmodel.posttraining import (
     SealCheckpoints,
     StopOnBadGradient,
-    batch_rows,
     build_stage_optimizer,
+    explain_memory,
     latest_trainer_checkpoint,
     pick_history,
+    use_device,
 )
 from chatmodel.runtime import UserError, write_json
 from chatmodel.scaling import plan_run
-
-
-def test_batches_shift_labels_and_pad():
-    rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4], [5, 6]], "labels": [[-100, -100, 3, 4], [-100, 6]]})
-    (batch,) = batch_rows(rows, pad_token_id=0, batch_size=2)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [5, 0, 0]]
-    assert batch["shift_labels"].tolist() == [[-100, 3, 4], [6, -100, -100]]
 
 
 def test_history_keeps_steps_and_asked_keys():
@@ -71,6 +64,25 @@ def test_rates_are_pretrainings_times_the_fraction(tmp_path):
     assert groups["matrix"]["weight_decay"] == 0.0
     with pytest.raises(UserError, match="lr_fraction=0"):
         build_stage_optimizer(make_model(), tmp_path, lr_fraction=0)
+
+
+def test_one_of_several_gpus_is_taken(caplog):
+    """A Trainer that finds several would wrap the model in DataParallel, which TRL refuses."""
+    training = SimpleNamespace(device=torch.device("cuda", 0), n_gpu=2, _n_gpu=2)
+    with caplog.at_level("WARNING", logger="chatmodel"):
+        use_device(training)
+    assert training.dataloader_pin_memory
+    assert training._n_gpu == 1
+    assert "one of the 2 GPUs" in caplog.text
+
+
+def test_a_full_memory_is_one_sentence():
+    training = SimpleNamespace(device="cuda:0", per_device_train_batch_size=32, gradient_accumulation_steps=2)
+    with pytest.raises(UserError) as caught, explain_memory(training):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has")
+    sentence = str(caught.value)
+    assert "per_device_train_batch_size=32 (CUDA out of memory)" in sentence
+    assert "gradient_accumulation_steps higher than 2" in sentence
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run():

@@ -2,7 +2,7 @@ import inspect
 
 from chatmodel import rewards
 from chatmodel.conversations.generated import generate_conversation
-from chatmodel.rewards import reward_answer, reward_form, reward_spelling
+from chatmodel.rewards import reward_answer, reward_form, reward_spelling, reward_task
 
 
 def test_answer():
@@ -37,10 +37,16 @@ def test_spelling():
     assert reward_spelling(list(graded), ["cat"] * len(graded)) == list(graded.values())
 
 
+def test_each_row_by_its_task():
+    completions = ["cat:c,a,x", "#### 7", "cat:c,a,t", [{"role": "assistant", "content": "cat:c,a,t"}]]
+    tasks = ["SimpleSpelling", "GSM8K", "LetterCounting", "SimpleSpelling"]
+    assert reward_task(completions, tasks, ["cat", "7", "3", "cat"]) == [2 / 3, 1.0, 0.0, 1.0]
+
+
 def test_all_take_what_trl_hands_over():
     """TRL calls a reward with keywords: completions, prompts, and every column of the data set."""
     functions = [f for name, f in inspect.getmembers(rewards, inspect.isfunction) if name.startswith("reward_")]
-    assert len(functions) == 3
+    assert len(functions) == 4
     for function in functions:
         columns = {"prompts": ["?"], "completion_ids": [[1]], "source": ["x"], "trainer_state": None}
-        assert function(completions=["#### 1"], answer=["1"], word=["cat"], **columns)[0] in (0.0, 1.0)
+        assert function(completions=["#### 1"], answer=["1"], word=["cat"], task=["GSM8K"], **columns)[0] in (0.0, 1.0)

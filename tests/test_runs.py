@@ -3,7 +3,7 @@
 import pytest
 
 from chatmodel.runs import Run, publish_folder
-from chatmodel.runtime import UserError, read_json
+from chatmodel.runtime import UserError, read_json, write_json
 
 
 @pytest.fixture
@@ -37,7 +37,15 @@ def test_a_changed_setting_is_named(run):
 
 def test_where_a_run_lies_is_no_setting(run):
     finish(run, "tokenizer", vocab_size=512, run_dir="a")
-    assert run.begin("tokenizer", settings={"vocab_size": 512, "run_dir": "b"}) is None
+    assert run.begin("tokenizer", settings={"vocab_size": 512, "run_dir": "b", "preview_masks": 3}) is None
+
+
+def test_a_setting_that_counted_in_an_older_version_does_not_any_more(run):
+    result = finish(run, "tokenizer", vocab_size=512)
+    write_json(run.result_path("tokenizer"), result | {"settings": {"vocab_size": 512, "save_every": 200}})
+    assert run.begin("tokenizer", settings={"vocab_size": 512, "save_every": 100}) is None
+    with pytest.raises(UserError, match="made with vocab_size=512, now 300: "):
+        run.begin("tokenizer", settings={"vocab_size": 300})
 
 
 def test_an_interrupted_stage_continues_only_with_its_settings(run):

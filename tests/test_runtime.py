@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from chatmodel.runtime import UserError, parse_arguments, read_json, requested_settings, write_json
+from chatmodel.runtime import (
+    UserError,
+    check_model_name,
+    explain_no_model,
+    parse_arguments,
+    read_json,
+    requested_settings,
+    write_json,
+)
 
 
 @dataclass
@@ -42,10 +50,41 @@ def test_a_missing_config_is_named(monkeypatch):
         parse_arguments(Arguments)
 
 
-def test_flags_are_not_abbreviated(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["recipe", "--dept", "3"])
-    with pytest.raises((SystemExit, UserError)):
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--dept", "3"], "there is no option --dept (did you mean --depth?); --help lists the options"),
+        (["--no-fats"], "there is no option --no-fats; --help lists the options"),
+        (["--depth", "three"], "argument --depth: invalid int value: 'three'; --help lists the options"),
+        (["--config"], "--config stands at the end; it takes the path of a YAML file"),
+        (["--depth", "3", "4"], "'4' belongs to no option; options are written --name value"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(monkeypatch, words, sentence):
+    monkeypatch.setattr(sys, "argv", ["recipe", *words])
+    with pytest.raises(UserError) as error:
         parse_arguments(Arguments)
+    assert str(error.value) == sentence
+
+
+def test_options_may_have_hyphens_and_be_switched_off(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe", "--depth=3", "--fast", "false"])
+    assert parse_arguments(Arguments)[0] == Arguments(depth=3)
+
+
+def test_a_wrong_folder_is_told_where_the_models_lie(tmp_path):
+    for stage in ("base", "sft"):
+        write_json(tmp_path / "run" / stage / "config.json", {})
+    run = tmp_path / "run"
+    assert explain_no_model(run) == f"{run} is a run folder; give one of its stages: {run}/base, {run}/sft"
+    assert explain_no_model(run / "stf") == f"folder {run}/stf does not exist; its run has {run}/base, {run}/sft"
+    assert "does not exist; give a model folder" in explain_no_model(tmp_path / "ran" / "sft")
+    assert "holds no model" in explain_no_model(tmp_path)
+    assert check_model_name(str(run / "sft"))
+    assert not check_model_name("owner/name")
+    for wrong in (run, run / "stf"):
+        with pytest.raises(UserError, match="run/base, "):
+            check_model_name(str(wrong))
 
 
 def test_requested_settings_reads_what_the_parser_would(tmp_path):

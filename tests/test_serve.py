@@ -9,13 +9,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from openai import APIConnectionError, APIStatusError, OpenAI
 from parrot import make_parrot
 
 from chatmodel.chat.calls_aside import CallsAside, split_reply
-from chatmodel.chat.server import check_trusted_folder
+from chatmodel.chat.server import check_trusted_folder, load_only_named
 from chatmodel.checkpoint import save_model_folder
 from chatmodel.runtime import UserError
 
@@ -243,3 +244,18 @@ def test_only_code_in_the_folder_is_trusted(tmp_path):
         check_trusted_folder(tmp_path)
     with pytest.raises(UserError, match="is none"):
         check_trusted_folder(tmp_path / "owner" / "name")
+
+
+def test_a_wrong_folder_is_told_where_the_models_lie(tmp_path):
+    def load(folder: Path) -> None:
+        manager = SimpleNamespace(force_model=str(folder), process_model_name=str, trust_remote_code=False)
+        load_only_named(lambda *_: None)(manager, str(folder))
+
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    (tmp_path / "run" / "sft" / "config.json").write_text("{}")
+    load(tmp_path / "run" / "sft")
+    with pytest.raises(UserError, match=r"run is a run folder; give one of its stages: .*run/sft"):
+        load(tmp_path / "run")
+    with pytest.raises(UserError, match=r"folder .*run/stf does not exist"):
+        load(tmp_path / "run" / "stf")
+    load(Path("owner/name"))

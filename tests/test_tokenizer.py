@@ -220,8 +220,10 @@ def test_token_bytes_table(loaded: PreTrainedTokenizerFast, folder: Path) -> Non
 
 
 def test_load_refuses(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no tokenizer.json in .*nowhere"):
+    with pytest.raises(UserError, match=r"folder .*nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds no model \(no tokenizer.json"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         load_tokenizer(tmp_path)

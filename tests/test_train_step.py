@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from conftest import make_model
 
 from chatmodel.scaling import plan_run
-from chatmodel.train_step import TrainStep
+from chatmodel.train_step import TrainStep, adding_gradients
 
 LENGTH = 24
 
@@ -78,11 +78,11 @@ def test_gradients_of_bf16_weights_add_up_in_fp32():
     """A sum of many small gradients after a large one, which bf16 would lose."""
     model = make_model(max_position_embeddings=LENGTH).train()
     plan = plan_run(2, vocab_size=97, sequence_length=LENGTH, head_dim=16, max_steps=10, total_batch_tokens=4 * LENGTH)
-    step = TrainStep(model, plan, Accelerator(mixed_precision="bf16", cpu=True), device_batch_size=2)
+    TrainStep(model, plan, Accelerator(mixed_precision="bf16", cpu=True), device_batch_size=2)
     weight = model.lm_head.weight
     assert weight.dtype == torch.bfloat16
     for value in (1.0, *[2.0**-10] * 4):
-        with step._adding_gradients():
+        with adding_gradients(model):
             (weight.sum() * value).backward()
     assert weight.grad.dtype == torch.float32
     assert torch.equal(weight.grad, torch.full_like(weight.grad, 1 + 2**-8))

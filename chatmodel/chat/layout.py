@@ -1,6 +1,8 @@
 """How the web page is laid out in gradio, and which button does what."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -9,7 +11,7 @@ from chatmodel.chat import style
 from chatmodel.chat.conversation import Sampling
 from chatmodel.chat.display import escape_all
 from chatmodel.chat.page import MAX_QUESTION_CHARS, MAX_SYSTEM_CHARS, ChatPage, Conversations, Voice, show_messages
-from chatmodel.runtime import UserError
+from chatmodel.runtime import UserError, logger
 
 QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 # Answers and looks into a model take turns: a model has one place for its keys and values.
@@ -171,24 +173,29 @@ def warn(error: UserError) -> None:
     gr.Warning(escape_all(str(error)), duration=6)
 
 
-def launch_page(layout: Layout, *, host: str, port: int, wait: bool = True) -> None:
-    """Serve the page; nothing of it comes from, or goes to, another machine.
+def launch_page(layout: Layout, *, host: str, port: int) -> None:
+    """Serve the page until Ctrl-C, and say where once it is there; nothing of it comes from, or goes to, elsewhere.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is taken, the address not this machine's, or a proxy stands before it.
     """
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", **fonts)
+    look = {"theme": gr.themes.Soft(primary_hue="teal", neutral_hue="slate", **fonts), "css": style.PAGE_CSS}
     page = layout.blocks.queue(max_size=32, default_concurrency_limit=8)
     options = {"share": False, "quiet": True, "footer_links": [], "max_file_size": 1, "ssr_mode": False}
     try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            theme=theme,
-            css=style.PAGE_CSS,
-            prevent_thread_lock=not wait,
-            **options,
-        )
-    except OSError as error:
-        raise UserError(f"the page cannot be served at {host}:{port}: {error}; give another --port") from None
+        page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **look, **options)
+    except OSError:
+        raise UserError(
+            f"the page cannot be served at {host}:{port}: the port is taken, or the address is not this machine's; "
+            "give another --port or --host"
+        ) from None
+    except Exception as error:  # gradio asks its own page for an answer, and raises bare Exception without one
+        raise UserError(
+            f"the page at {host}:{port} does not answer ({type(error).__name__}); if a proxy is set, "
+            "exempt this machine with no_proxy=localhost,127.0.0.1"
+        ) from None
+    logger.info("the page is at %s (Ctrl-C ends it)", page.local_url)
+    with suppress(KeyboardInterrupt):
+        Event().wait()
+    page.close(verbose=False)

@@ -21,7 +21,7 @@ from chatmodel.chat.calls_aside import CallsAside, split_reply
 from chatmodel.chat.gate import Gate
 from chatmodel.chat.limits import Limits
 from chatmodel.model.generation_gpt import check_prompt
-from chatmodel.runtime import UserError, logger
+from chatmodel.runtime import UserError, check_model_name, logger
 
 
 def mend_server(limits: Limits, api_keys: Sequence[str]) -> None:
@@ -72,6 +72,7 @@ def load_only_named(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_named(self: Any, name_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         if name_and_revision != self.process_model_name(self.force_model or ""):
             raise ValueError(f"only {self.force_model} is served here")
+        check_model_name(self.force_model)
         if self.trust_remote_code:
             check_trusted_folder(Path(self.force_model))
         try:

@@ -1,7 +1,7 @@
 """Which public data sets are known by name, where their rows come from, and how a row becomes a conversation."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from chatmodel.conversations.files import Rows, convert_row, read_rows
+from chatmodel.conversations.files import BadRow, Rows, convert_row, read_rows
 from chatmodel.conversations.render import Messages
 from chatmodel.data.files import one_line, open_text
 from chatmodel.runtime import UserError
@@ -45,6 +45,10 @@ class PublicTask:
     held_out: str
     subsets: dict[str, str | None]
 
+    def subset(self, split: str) -> str | None:
+        """The subset on the Hub that has a split."""
+        return self.subsets.get(split, self.subsets[""])
+
 
 PUBLIC_TASKS = {
     "ARC-Easy": PublicTask(
@@ -58,7 +62,7 @@ PUBLIC_TASKS = {
         "mmlu",
         ("train", "validation", "dev", "test"),
         "validation",
-        {"": "all", "train": "auxiliary_train"},
+        {"": "all", "train": "auxiliary_train"},  # a subset of its own, whose only split is called "train"
     ),
     "GSM8K": PublicTask("openai/gsm8k", "gsm8k", ("train", "test"), "test", {"": "main"}),
     "HumanEval": PublicTask("openai/openai_humaneval", "humaneval", ("test",), "test", {"": None}),
@@ -90,18 +94,27 @@ def shuffled_order(count: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
 
 def read_task_rows(name: str, split: str, folder: Path | None = None) -> Rows:
     """`load_task_rows` in the order of the source."""
+    place = find_task_place(name, split, folder)
+    return read_rows(place) if isinstance(place, Path) else read_hub_rows(**place)
+
+
+def find_task_place(name: str, split: str, folder: Path | None) -> Path | dict[str, Any]:
+    """The file of a known data set's split in a folder, else what `read_hub_rows` takes.
+
+    Raises:
+        UserError: an unknown data set or split, or no such folder.
+    """
     task = _find_task(name, split)
+    absent = ""
     if folder is not None:
         if not folder.is_dir():
             raise UserError(f"the data folder {folder} does not exist; give a folder with files such as {task.stem}_*")
         for ending in (".jsonl.gz", ".jsonl", ".parquet"):
             path = folder / f"{task.stem}_{split}{ending}"
             if path.exists():
-                return read_rows(path)
-    subset = task.subsets.get(split, task.subsets[""])
-    # MMLU's auxiliary_train is a subset of its own, whose only split is called "train".
-    absent = "" if folder is None else f"{task.stem}_{split}.jsonl(.gz) is not in {folder}, and "
-    return read_hub_rows(task.hub, split, subset=subset, absent=absent, label=name)
+                return path
+        absent = f"{task.stem}_{split}.jsonl(.gz) is not in {folder}, and "
+    return {"hub": task.hub, "split": split, "subset": task.subset(split), "absent": absent, "label": name}
 
 
 def _find_task(name: str, split: str) -> PublicTask:
@@ -121,6 +134,20 @@ def read_hub_rows(hub: str, split: str, *, subset: str | None = None, absent: st
     Raises:
         DataAbsent: the Hub cannot be reached and its cache does not hold the data set, or the split is not there.
     """
+    rows = _load_hub(hub, split, subset=subset, absent=absent, label=label, streaming=False)
+    return Rows(rows, ((f"{hub} ({split})", len(rows)),))
+
+
+def stream_hub_rows(
+    hub: str, split: str, *, subset: str | None = None, absent: str = "", label: str = ""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of `read_hub_rows`, fetched as they are read; raises as it does."""
+    rows = _load_hub(hub, split, subset=subset, absent=absent, label=label, streaming=True)
+    for number, row in enumerate(rows, start=1):
+        yield f"{hub} ({split}), row {number}", row
+
+
+def _load_hub(hub: str, split: str, *, subset: str | None, absent: str, label: str, streaming: bool) -> Any:
     how = f"`hf download {hub} --repo-type dataset` where the Hub can be reached"
     name = f"{label or hub} ({split}) is absent: {absent}the data set {hub}"
     try:
@@ -129,13 +156,13 @@ def read_hub_rows(hub: str, split: str, *, subset: str | None = None, absent: st
     except RepositoryNotFoundError:
         raise DataAbsent(f"{name} is not on the Hub (or private)", how="check the name, or `hf auth login`") from None
     except Exception as error:  # httpx, time-outs, offline mode: whichever the hub's client raises
-        if not _is_cached(hub):
+        if streaming or not _is_cached(hub):
             raise DataAbsent(f"{name} cannot be reached on the Hub ({type(error).__name__})", how=how) from None
+    options = {"streaming": True} if streaming else {}
     try:
-        rows = load_dataset(hub, subset, split=split)
+        return load_dataset(hub, subset, split=split, **options)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataAbsent(f"{name} cannot be loaded ({one_line(error)})", how=how) from None
-    return Rows(rows, ((f"{hub} ({split})", len(rows)),))
 
 
 def _is_cached(hub: str) -> bool:
@@ -166,6 +193,8 @@ def task_messages(name: str, row: dict[str, Any]) -> Messages:
     Raises:
         UserError: the row is not of this data set.
     """
+    if isinstance(row, BadRow) or "messages" in row:  # a stand-in may hold conversations as they are
+        return convert_row(row)
     try:
         return _convert_task_row(name, row)
     except (KeyError, TypeError, IndexError) as error:

@@ -5,28 +5,46 @@ Conversations follow from (task, split, index) and, where a task takes them, the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from chatmodel.conversations.answers import check_answer
 from chatmodel.conversations.arithmetic import solve_expression, solve_story
 from chatmodel.conversations.identity import Identity, check_identity, introduce_itself
+from chatmodel.conversations.multi_turn import chain_skills, name_last_skill
 from chatmodel.conversations.render import Messages
 from chatmodel.conversations.spelling import count_letter, spell_word, spelling_bee
 from chatmodel.data.words import is_held_out
 from chatmodel.runtime import UserError
 
-WORD_TASKS = ("SimpleSpelling", "SpellingBee", "LetterCounting")
-GENERATED_TASKS = (*WORD_TASKS, "Arithmetic", "WordProblems", "Identity")
+WORD_TASKS = ("SimpleSpelling", "SpellingBee", "LetterCounting", "MultiTurn")
+GENERATED_TASKS = (
+    "SimpleSpelling",
+    "SpellingBee",
+    "LetterCounting",
+    "Arithmetic",
+    "WordProblems",
+    "Identity",
+    "MultiTurn",
+)
+MULTI_TURNS = 3
 SPLITS = ("train", "test")
 
 
 def generate_conversation(
-    name: str, index: int, *, split: str, words: Sequence[str] = (), identity: Identity | None = None
+    name: str,
+    index: int,
+    *,
+    split: str,
+    words: Sequence[str] = (),
+    identity: Identity | None = None,
+    turns: int | None = None,
 ) -> Messages:
     """The conversation of a generated task at an index (0, 1, ...; there is no last one).
 
     Args:
         words: for the tasks of `WORD_TASKS`: what they draw from, chosen for the split by `select_words`.
-        identity: for "Identity": the facts, else the defaults.
+        identity: for "Identity" and "MultiTurn": the facts, else the defaults.
+        turns: the most questions in a conversation, for "Identity" (1 unless said) and "MultiTurn" (3).
     """
     match name:
         case "SimpleSpelling":
@@ -40,13 +58,18 @@ def generate_conversation(
         case "WordProblems":
             return solve_story(index, split)
         case "Identity":
-            return introduce_itself(index, split, identity or Identity())
+            return introduce_itself(index, split, identity or Identity(), turns=turns or 1)
+        case "MultiTurn":
+            options: dict[str, Any] = {"split": split, "words": words, "identity": identity}
+            return chain_skills(
+                index, split, turns or MULTI_TURNS, lambda name, number: generate_conversation(name, number, **options)
+            )
     raise UserError(f"there is no generated task '{name}'; known are {', '.join(GENERATED_TASKS)}")
 
 
 def check_reply(name: str, messages: Messages, completion_text: str, *, identity: Identity | None = None) -> bool:
     """Whether a reply to the conversation's question is right; `messages` end with the reference reply."""
-    match name:
+    match name_last_skill(messages) if name == "MultiTurn" else name:
         case "SimpleSpelling":
             return completion_text.strip() == messages[-1]["content"]
         case "Identity":

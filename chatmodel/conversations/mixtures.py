@@ -1,100 +1,33 @@
 """Which conversations a model is trained on, in what shares and order: a list of entries becomes a data set of ids."""
 
+import atexit
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-from chatmodel.conversations.datasets import (
-    PUBLIC_TASKS,
-    read_hub_rows,
-    read_task_rows,
-    shuffled_order,
-    task_messages,
-)
-from chatmodel.conversations.files import ENDINGS, Rows, convert_row, read_rows
-from chatmodel.conversations.generated import GENERATED_TASKS, WORD_TASKS, generate_conversation, select_words
-from chatmodel.conversations.identity import load_identity
-from chatmodel.conversations.render import Messages, Piece, Rendered, lay_out, render_pieces
-from chatmodel.data.words import load_words
+from chatmodel.conversations.datasets import PUBLIC_TASKS
+from chatmodel.conversations.generated import GENERATED_TASKS
+from chatmodel.conversations.render import LEGEND, Piece, Rendered, lay_out, preview_masks, render_pieces
+from chatmodel.conversations.sources import MixtureEntry, Source, StreamFailure, open_entry, parse_mixture
 from chatmodel.runtime import UserError
 
 logger = logging.getLogger("chatmodel")
 
-GENERATED_ROWS = 1000
 CHUNK_ROWS = 1024
+LARGE_MIXTURE = 100_000  # rows, from which on the ids are kept on the disk
+SKIPPED_NAMED = 3
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "source": Value("string")})
-
-
-@dataclass(frozen=True)
-class MixtureEntry:
-    """One line of a mixture.
-
-    name: a public data set (`PUBLIC_TASKS`), a generated task (`GENERATED_TASKS`), a data set "owner/name" on the
-        Hub, or any label when `path` says where the conversations are.
-    path: a file or folder of conversations; for a public data set the folder of its files; for generated tasks the
-        word list, or the YAML file of "Identity".
-    split: "train", or for a validation mixture what each task holds out. A user's file has none: all of it is read.
-    rows: at most so many, after a shuffle; a generated task makes exactly so many (1000 unless said).
-    epochs: how often they are repeated; may be a fraction.
-    weight: instead of epochs: this entry's share of all rows that the weighted entries have together.
-    """
-
-    name: str
-    path: str | None = None
-    split: str | None = None
-    rows: int | None = None
-    epochs: float | None = None
-    weight: float | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """An opened entry: `count` conversations, by number, and how an error names one."""
-
-    name: str
-    count: int
-    read: Callable[[int], Messages]
-    locate: Callable[[int], str]
-
-
-def parse_mixture(entries: Sequence[Any]) -> list[MixtureEntry]:
-    """The entries of a recipe's YAML list: mappings, or just the name.
-
-    Raises:
-        UserError: an empty list, an unknown key, or a value that makes no sense, each naming the entry.
-    """
-    if not isinstance(entries, list | tuple) or not entries:
-        raise UserError("the mixture is empty; list at least one entry, such as {name: GSM8K}")
-    return [_parse_entry(number, entry) for number, entry in enumerate(entries, start=1)]
-
-
-def _parse_entry(number: int, entry: Any) -> MixtureEntry:
-    if isinstance(entry, MixtureEntry):
-        return entry
-    entry = {"name": entry} if isinstance(entry, str) else entry
-    known = [field.name for field in fields(MixtureEntry)]
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise UserError(f"mixture entry {number} has no name; write it as {{name: ..., rows: ...}}")
-    where = f"mixture entry {number} ({entry['name']})"
-    unknown = [key for key in entry if key not in known]
-    if unknown:
-        raise UserError(f"{where} has the unknown key '{unknown[0]}'; known are {', '.join(known)}")
-    for key in ("path", "split"):
-        if not isinstance(entry.get(key), str | None):
-            raise UserError(f"{where} has {key} {entry[key]!r}; it must be text")
-    for key, types in {"rows": (int,), "epochs": (int, float), "weight": (int, float)}.items():
-        value = entry.get(key)
-        if value is not None and (type(value) not in types or value <= 0):
-            raise UserError(f"{where} has {key} {value!r}; give a number above 0{', whole' if key == 'rows' else ''}")
-    if entry.get("weight") is not None and entry.get("epochs") is not None:
-        raise UserError(f"{where} has both epochs and weight; give one of them")
-    return MixtureEntry(**entry)
+COUNTS = ("rows", "tokens", "trained_tokens", "skipped", "cut", "dropped")
 
 
 def load_mixture(
@@ -111,20 +44,22 @@ def load_mixture(
 ) -> tuple[Dataset, list[dict[str, Any]]]:
     """Rows of `input_ids`, `labels` (unshifted, -100 where not trained) and `source`, mixed; and counts per entry.
 
-    Rows longer than `max_length` lose their end; one that loses all it would be trained on is left out, so that every
-    row has a label after its first position. The order follows from `seed` alone.
+    Rows longer than `max_length` lose their end or are left out, as their entry says; one that loses all it would be
+    trained on is left out, so that every row has a label after its first position. The order follows from `seed`
+    alone. What was found is logged.
 
     Args:
         entries: what `parse_mixture` takes.
-        skip_invalid: leave out (and count) conversations that cannot be rendered instead of raising.
+        skip_invalid: leave out (and count) conversations that cannot be read or rendered instead of raising.
         chatcore_folder: where files of public data sets are looked for before the Hub.
         words: for the word tasks without a `path`; the embedded list if None.
         split: for entries without one: "train", or "validation" for what each task holds out.
         train_on_prompts: label all ids, as nanochat's mid-training does, not only the assistant's.
 
     Returns:
-        The data set, and for each entry its `name`, `rows`, `tokens`, `trained_tokens`, `skipped` (invalid), `cut`
-        (too long) and `dropped` (nothing left to train on).
+        The data set (on the disk where it is large or streamed), and for each entry its `name`, `rows`, `tokens`,
+        `trained_tokens`, `skipped` (invalid), `cut` (too long) and `dropped` (too long for a rule "drop", or nothing
+        left to train on).
 
     Raises:
         UserError: an entry or a conversation is wrong; `DataAbsent` where data is missing.
@@ -134,26 +69,173 @@ def load_mixture(
     if max_length < 2:
         raise UserError(f"max_length is {max_length}; a row needs at least 2 tokens")
     parsed = parse_mixture(entries)
-    sources = [open_entry(entry, split=split, folder=chatcore_folder, words=words) for entry in parsed]
+    options: dict[str, Any] = {"split": split, "folder": chatcore_folder, "words": words, "skip_invalid": skip_invalid}
+    sources = [open_entry(entry, **options) for entry in parsed]
     order = mix_rows(count_rows(parsed, sources), seed=seed)
-    counts = [
-        {"name": source.name} | dict.fromkeys(("rows", "tokens", "trained_tokens", "skipped", "cut", "dropped"), 0)
-        for source in sources
-    ]
-    parts = []
+    tallies = [Tally(source, entry.too_long) for entry, source in zip(parsed, sources, strict=True)]
+    chunks = _render_chunks(order, tallies, tokenizer, max_length, skip_invalid, train_on_prompts)
+    on_disk = len(order) > LARGE_MIXTURE or any(source.is_stream for source in sources)
+    dataset = _store_on_disk(chunks) if on_disk else _gather(chunks)
+    counts = [tally.counts for tally in tallies]
+    for tally in tallies:
+        tally.log_skipped()
+    if not len(dataset):
+        raise UserError(_explain_nothing(counts, len(order), max_length))
+    for line in describe_counts(counts):
+        logger.info("%s%s", "" if split == "train" else f"{split}: ", line)
+    for count in counts:
+        if not count["rows"]:
+            logger.warning("%s: none of its conversations can be trained on, see the counts above", count["name"])
+    return dataset, counts
+
+
+@dataclass
+class Tally:
+    """What became of the rows of a source so far."""
+
+    source: Source
+    too_long: str = "cut"
+    counts: dict[str, Any] = field(init=False)
+    skipped: list[str] = field(default_factory=list)
+    taken: int = 0
+
+    def __post_init__(self) -> None:
+        self.counts = {"name": self.source.name} | dict.fromkeys(COUNTS, 0)
+
+    def read(self, number: int, *, skip_invalid: bool) -> list[Piece] | None:
+        """The conversation of a row, laid out; None where it is invalid and may be skipped."""
+        # A stream gives its rows as they come: its n-th place in the mixture gets its n-th row.
+        row = (self.taken if self.source.is_stream else number) % self.source.count
+        self.taken += 1
+        try:
+            return lay_out(self.source.read(row))
+        except StreamFailure as error:
+            raise UserError(f"{self.source.locate(row)}: {error}") from None
+        except UserError as error:
+            problem = f"{self.source.locate(row)}: {error}"
+            if not skip_invalid:
+                raise UserError(f"{problem} (skip_invalid leaves such rows out)") from None
+            self.counts["skipped"] += 1
+            if len(self.skipped) < SKIPPED_NAMED:
+                self.skipped.append(problem)
+            return None
+
+    def admit(self, row: Rendered, trained_tokens: int) -> bool:
+        """Count a rendered row; whether it is trained on."""
+        is_dropped = not trained_tokens or (row.cut > 0 and self.too_long == "drop")
+        self.counts["cut"] += row.cut > 0 and self.too_long == "cut"
+        self.counts["dropped"] += is_dropped
+        if not is_dropped:
+            self.counts["rows"] += 1
+            self.counts["tokens"] += len(row.mask)
+            self.counts["trained_tokens"] += trained_tokens
+        return not is_dropped
+
+    def log_skipped(self) -> None:
+        """Say how many rows were skipped, and the first of them by name."""
+        count = self.counts["skipped"]
+        if count:
+            more = f"; and {count - len(self.skipped)} more" if count > len(self.skipped) else ""
+            logger.warning(
+                "%s: %d invalid conversations left out: %s%s", self.source.name, count, "; ".join(self.skipped), more
+            )
+
+
+def _render_chunks(
+    order: Sequence[tuple[int, int]],
+    tallies: Sequence[Tally],
+    tokenizer: Any,
+    max_length: int,
+    skip_invalid: bool,
+    train_on_prompts: bool,
+) -> Iterator[dict[str, list[Any]]]:
     with tqdm(total=len(order), desc="conversations", unit="row", unit_scale=True, disable=None) as progress:
         for begin in range(0, len(order), CHUNK_ROWS):
             chunk = order[begin : begin + CHUNK_ROWS]
-            laid_out = list(_lay_out_rows(chunk, sources, counts, skip_invalid=skip_invalid))
-            rendered = render_pieces(tokenizer, [pieces for _, pieces in laid_out], max_length=max_length)
-            members = [member for member, _ in laid_out]
-            parts.append(_build_rows(members, rendered, counts, train_on_prompts=train_on_prompts))
+            laid_out = [(tallies[member], tallies[member].read(n, skip_invalid=skip_invalid)) for member, n in chunk]
+            kept = [(tally, pieces) for tally, pieces in laid_out if pieces is not None]
+            rendered = render_pieces(tokenizer, [pieces for _, pieces in kept], max_length=max_length)
+            yield _label_rows([tally for tally, _ in kept], rendered, train_on_prompts=train_on_prompts)
             progress.update(len(chunk))
-    dataset = concatenate_datasets(parts)
-    if not len(dataset):
-        raise UserError(f"none of the mixture's {len(order)} conversations can be trained on; look at {counts}")
-    _log_losses(counts)
-    return dataset, counts
+
+
+def _label_rows(
+    tallies: Sequence[Tally], rendered: Sequence[Rendered], *, train_on_prompts: bool
+) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "source": []}
+    for tally, row in zip(tallies, rendered, strict=True):
+        mask = [1] * len(row.mask) if train_on_prompts else row.mask
+        if not tally.admit(row, sum(mask)):
+            continue
+        columns["input_ids"].append(row.input_ids)
+        columns["labels"].append([i if trained else -100 for i, trained in zip(row.input_ids, mask, strict=True)])
+        columns["source"].append(tally.source.name)
+    return columns
+
+
+def _gather(chunks: Iterable[dict[str, list[Any]]]) -> Dataset:
+    return concatenate_datasets([Dataset.from_dict(columns, features=FEATURES) for columns in chunks])
+
+
+def _store_on_disk(chunks: Iterable[dict[str, list[Any]]]) -> Dataset:
+    """The rows in a file of the system's temporary folder (TMPDIR) that lives as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="chatmodel-mixture-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with ArrowWriter(path=str(folder / "rows.arrow"), features=FEATURES) as writer:
+        for columns in chunks:
+            if columns["source"]:
+                writer.write_batch(columns)
+        written, _ = writer.finalize()
+    return Dataset.from_file(str(folder / "rows.arrow")) if written else Dataset.from_dict({}, features=FEATURES)
+
+
+def _explain_nothing(counts: Sequence[dict[str, Any]], rows: int, max_length: int) -> str:
+    lost = [
+        f"{count['name']} ({count['dropped']} lost to max_length {max_length}, {count['skipped']} invalid)"
+        for count in counts
+    ]
+    return (
+        f"none of the mixture's {rows} conversations can be trained on: {', '.join(lost)}; "
+        "raise max_length, or give others"
+    )
+
+
+def describe_counts(counts: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each entry of a mixture, and one for all: conversations, tokens, trained ones, what was lost."""
+    total: dict[str, Any] = {"name": "all"} | {key: sum(count[key] for count in counts) for key in COUNTS}
+    lines = []
+    for count in [*counts, total] if len(counts) > 1 else counts:
+        share = count["tokens"] / max(1, total["tokens"])
+        losses = {
+            "skipped as invalid": "skipped",
+            "cut": "cut",
+            "left out with nothing to learn or too long": "dropped",
+        }
+        lost = "".join(f"; {count[key]:,} {what}" for what, key in losses.items() if count[key])
+        lines.append(
+            f"{count['name']}: {count['rows']:,} conversations, {count['tokens']:,} tokens ({share:.1%}), "
+            f"{count['trained_tokens']:,} of them trained{lost}"
+        )
+    return lines
+
+
+def preview_mixture(dataset: Dataset, tokenizer: Any, rows: int) -> list[str]:
+    """A legend, then so many conversations of each source in colours: a user's own first, then the known ones.
+
+    Args:
+        dataset: what `load_mixture` made.
+    """
+    shown: defaultdict[str, list[int]] = defaultdict(list)
+    for number, name in enumerate(dataset["source"]):
+        if len(shown[name]) < rows:
+            shown[name].append(number)
+    lines = [LEGEND]
+    for name in sorted(shown, key=lambda name: name in GENERATED_TASKS or name in PUBLIC_TASKS):
+        for number in shown[name] if rows else ():
+            row = dataset[number]
+            rendered = Rendered(row["input_ids"], [int(label != -100) for label in row["labels"]])
+            lines.append(f"{name}: {preview_masks(rendered, tokenizer)}")
+    return lines
 
 
 def mix_rows(counts: Sequence[int], *, seed: int) -> list[tuple[int, int]]:
@@ -175,99 +257,3 @@ def count_rows(entries: Sequence[MixtureEntry], sources: Sequence[Source]) -> li
         exact = weighted_rows * weight / sum(weights) if weight else source.count * (entry.epochs or 1)
         counts.append(max(1, round(exact)))
     return counts
-
-
-def open_entry(
-    entry: MixtureEntry, *, split: str = "train", folder: Path | None = None, words: Sequence[str] | None = None
-) -> Source:
-    """Find the conversations of an entry; `split`, `folder` and `words` as in `load_mixture`.
-
-    Raises:
-        UserError: an unknown name, or no such file.
-    """
-    if entry.name in GENERATED_TASKS:
-        return _open_generated(entry, entry.split or ("train" if split == "train" else "test"), words)
-    if entry.name in PUBLIC_TASKS:
-        held_out = PUBLIC_TASKS[entry.name].held_out
-        place = Path(entry.path) if entry.path else folder
-        rows = read_task_rows(entry.name, entry.split or ("train" if split == "train" else held_out), place)
-        return _open_rows(entry, rows, lambda row: task_messages(entry.name, row))
-    path = Path(entry.path or entry.name)
-    if entry.path or path.exists() or path.name.endswith(ENDINGS):
-        return _open_rows(entry, read_rows(path), convert_row)
-    if entry.name.count("/") == 1:
-        return _open_rows(entry, read_hub_rows(entry.name, entry.split or split), convert_row)
-    known = ", ".join([*GENERATED_TASKS, *PUBLIC_TASKS])
-    raise UserError(
-        f"the mixture's '{entry.name}' is not known ({known}); give it a path to a file of conversations, "
-        "or the owner/name of a data set on the Hub"
-    )
-
-
-def _open_generated(entry: MixtureEntry, split: str, words: Sequence[str] | None) -> Source:
-    chosen: list[str] = []
-    if entry.name in WORD_TASKS:
-        chosen = select_words(load_words(entry.path or "embedded") if entry.path or words is None else words, split)
-    identity = load_identity(entry.path) if entry.name == "Identity" and entry.path else None
-
-    def read(index: int) -> Messages:
-        return generate_conversation(entry.name, index, split=split, words=chosen, identity=identity)
-
-    return Source(entry.name, entry.rows or GENERATED_ROWS, read, lambda index: f"{entry.name} {index}")
-
-
-def _open_rows(entry: MixtureEntry, rows: Rows, convert: Callable[[Any], Messages]) -> Source:
-    order = shuffled_order(len(rows.rows))
-
-    def read(index: int) -> Messages:
-        return convert(rows.rows[int(order[index])])
-
-    count = min(len(order), entry.rows or len(order))
-    return Source(entry.name, count, read, lambda index: rows.locate(int(order[index])))
-
-
-def _lay_out_rows(
-    chunk: Sequence[tuple[int, int]], sources: Sequence[Source], counts: list[dict[str, Any]], *, skip_invalid: bool
-) -> Iterator[tuple[int, list[Piece]]]:
-    for member, number in chunk:
-        source = sources[member]
-        row = number % source.count
-        try:
-            yield member, lay_out(source.read(row))
-        except UserError as error:
-            if not skip_invalid:
-                raise UserError(f"{source.locate(row)}: {error} (skip_invalid leaves such rows out)") from None
-            counts[member]["skipped"] += 1
-
-
-def _build_rows(
-    members: Sequence[int], rendered: Sequence[Rendered], counts: list[dict[str, Any]], *, train_on_prompts: bool
-) -> Dataset:
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "source": []}
-    for member, row in zip(members, rendered, strict=True):
-        count = counts[member]
-        count["cut"] += row.cut > 0
-        trained_tokens = len(row.mask) if train_on_prompts else sum(row.mask)
-        if not trained_tokens:
-            count["dropped"] += 1
-            continue
-        count["rows"] += 1
-        count["tokens"] += len(row.mask)
-        count["trained_tokens"] += trained_tokens
-        labels = [
-            token_id if trained or train_on_prompts else -100
-            for token_id, trained in zip(row.input_ids, row.mask, strict=True)
-        ]
-        columns["input_ids"].append(row.input_ids)
-        columns["labels"].append(labels)
-        columns["source"].append(count["name"])
-    return Dataset.from_dict(columns, features=FEATURES)
-
-
-def _log_losses(counts: Sequence[dict[str, Any]]) -> None:
-    for count in counts:
-        if count["skipped"] or count["cut"] or count["dropped"]:
-            logger.info(
-                "%s: %d conversations left out as invalid; %d cut, %d of them left out with nothing to learn",
-                *(count[key] for key in ("name", "skipped", "cut", "dropped")),
-            )

@@ -1,5 +1,6 @@
 """How a conversation becomes ids, and which of them the model is trained to produce."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ PART_MARKS: dict[str, tuple[str, str, int]] = {
     "python": ("<|python_start|>", "<|python_end|>", 1),
     "python_output": ("<|output_start|>", "<|output_end|>", 0),
 }
-GREEN, RED, RESET = "\033[92m", "\033[91m", "\033[0m"
+GREEN, GREY, RESET = "\033[92m", "\033[90m", "\033[0m"
+LEGEND = f"{GREEN}green{RESET}: the model is trained to write it; {GREY}grey{RESET}: it only reads it"
+SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them, UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def check_messages(messages: Messages, *, for_training: bool = True) -> None:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f"message {number} is not of the form {{role, content}}, but {_shorten(message)}")
+        _check_tools(number, message)
         _check_content(number, message)
     _check_order(messages)
     if for_training and not any(message["role"] == "assistant" for message in messages):
@@ -167,6 +171,15 @@ def _check_order(messages: Messages) -> None:
             )
 
 
+def _check_tools(number: int, message: Message) -> None:
+    if message["role"] in ("tool", "function") or message.get("tool_calls"):
+        used = _shorten(message.get("tool_calls") or message["content"])
+        raise UserError(
+            f"message {number} uses a tool ({used}), and the only one is the calculator: write its calls as parts of "
+            "type 'python' and 'python_output' of a reply"
+        )
+
+
 def _check_content(number: int, message: Message) -> None:
     content = message["content"]
     if isinstance(content, list) and message["role"] == "assistant":
@@ -175,6 +188,8 @@ def _check_content(number: int, message: Message) -> None:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise UserError(f"message {number} has content of type {type(content).__name__}; it must be text")
+    if SURROGATES.search(content):
+        raise UserError(f"message {number} has half of a character in it (a lone surrogate); remove it")
     if not content.strip():
         raise UserError(f"message {number} (from {_shorten(message['role'])}) is empty; remove it or fill it in")
 
@@ -194,9 +209,9 @@ def _shorten(value: object) -> str:
 
 
 def preview_masks(rendered: Rendered, tokenizer: Any) -> str:
-    """The tokens of a conversation for a terminal: green where the model is trained to produce them, else red."""
+    """The tokens of a conversation for a terminal: green where the model is trained to produce them, else grey."""
     marked = [
-        f"{GREEN if trained else RED}{tokenizer.decode([token_id])}{RESET}"
+        f"{GREEN if trained else GREY}{tokenizer.decode([token_id])}{RESET}"
         for token_id, trained in zip(rendered.input_ids, rendered.mask, strict=True)
     ]
     return "|".join(marked)

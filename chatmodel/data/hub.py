@@ -6,13 +6,13 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import datasets.config
 from datasets import DatasetBuilder, IterableDataset, load_dataset, load_dataset_builder
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
 from huggingface_hub.hf_api import DatasetInfo
 
 from chatmodel.data.files import SUFFIXES, missing_column, name_files, one_line
@@ -70,12 +70,13 @@ class SplitFiles:
 
 
 def open_builder(dataset: str) -> DatasetBuilder:
-    """What `datasets` knows of a data set; it retries by itself.
+    """What `datasets` knows of a data set; it tries six times by itself, in silence.
 
     Raises:
         UserError: there is no such data set or configuration, or the Hub does not answer.
     """
     name = parse_hub_name(dataset)
+    announce_question(dataset)
     try:
         return load_dataset_builder(name.repository, name.configuration, revision=name.revision)
     except (ConnectionError, TimeoutError) as error:
@@ -88,6 +89,13 @@ def open_builder(dataset: str) -> DatasetBuilder:
             f"dataset {dataset} is no local folder, and cannot be opened from the Hub ({one_line(error)}); give"
             " another name (owner/name or owner/name:configuration), a folder, or --dataset embedded"
         ) from None
+
+
+@cache
+def announce_question(dataset: str) -> None:
+    """Say once what is waited for, as half a minute passes before the Hub is given up."""
+    if not is_offline_mode():
+        logger.info("asking the Hub for dataset %s (for half a minute, if it does not answer)", dataset)
 
 
 def open_hub_split(dataset: str, split: str, *, text_column: str) -> Shards | Iterator[str]:

@@ -1,15 +1,15 @@
 """How do many prompts become replies? Each row of a batch takes the next prompt as soon as it is free."""
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from chatmodel.decoding.prompts import read_prompts
-from chatmodel.decoding.sampling import Sampling, choose
+from chatmodel.decoding.sampling import Sampling, choose, score
 from chatmodel.decoding.state import ACTIVE, POSITION, SEED, advance, draw_uniform
-from chatmodel.decoding.steps import PlainSteps
+from chatmodel.decoding.steps import Moved, PlainSteps
 from chatmodel.decoding.weights import DecoderWeights
 from chatmodel.model.calculator import CalculatorLogitsProcessor
 
@@ -28,11 +28,15 @@ class Request:
 
 @dataclass
 class Progress:
-    """New tokens of a request, the end token included, and whether they are the last."""
+    """New tokens of a request, the end token included, and whether they are the last.
+
+    `logps` are their log-probabilities, if the sampling is scored.
+    """
 
     index: int
     ids: list[int]
     done: bool
+    logps: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -46,16 +50,20 @@ class _Row:
 
 @dataclass
 class _Launch:
-    """Tokens (steps, rows) on their way to the host, and whose they are."""
+    """Tokens and log-probabilities (steps, rows) on their way to the host, and whose they are."""
 
     emitted: torch.Tensor
+    logps: torch.Tensor | None
     rows: list[_Row | None]
     event: torch.cuda.Event | None = field(default=None)
 
-    def read(self) -> list[list[int]]:
+    def read(self) -> Iterator[tuple[_Row | None, list[int], list[float]]]:
+        """Each row's new tokens and their log-probabilities."""
         if self.event is not None:
             self.event.synchronize()
-        return self.emitted.T.tolist()
+        tokens = self.emitted.T.tolist()
+        logps = [[]] * len(tokens) if self.logps is None else self.logps.T.tolist()
+        return zip(self.rows, tokens, logps, strict=True)
 
 
 class Decoder:
@@ -141,15 +149,16 @@ class Decoder:
         chosen = choose(logits[source], sampling, draw_uniform(table[SEED], table[POSITION]))
         emitted = advance(table, self.state.forced[target], chosen, self.steps.end_ids, self.steps.call_end)
         self.state.table[:, target] = table
-        return self._fetch(emitted[None], list(rows))
+        logps = score(logits[source], sampling, chosen)[None] if sampling.scored else None
+        return self._fetch((emitted[None], logps), list(rows))
 
     def _step(self, sampling: Sampling) -> _Launch:
         """Move all rows on."""
         used = [place for place, row in enumerate(self.rows) if row is not None]
         count = self.steps.size(used[-1] + 1)
         lengths = {len(row.ids) if row is not None else 0 for row in self.rows[:count]}
-        emitted = self.steps.run(count, sampling, longest=max(lengths) - 1, even=len(lengths) == 1)
-        return self._fetch(emitted, self.rows[:count])
+        moved = self.steps.run(count, sampling, longest=max(lengths) - 1, even=len(lengths) == 1)
+        return self._fetch(moved, self.rows[:count])
 
     def _close_gaps(self) -> None:
         """Move rows to the front if a smaller batch then does."""
@@ -169,7 +178,7 @@ class Decoder:
         """Take note of new tokens; rows that wait for the calculator get its tokens."""
         asked: list[_Row] = []
         progress = []
-        for row, tokens in zip(launch.rows, launch.read(), strict=True):
+        for row, tokens, logps in launch.read():
             new = [token for token in tokens if token >= 0]
             if row is None or row.done or not new:
                 continue
@@ -180,7 +189,8 @@ class Decoder:
                 self.rows[row.place] = None
             elif new[-1] == self.steps.call_end:
                 asked.append(row)
-            progress.append(Progress(row.index, new, row.done))
+            scores = [logp for token, logp in zip(tokens, logps, strict=True) if token >= 0] if logps else []
+            progress.append(Progress(row.index, new, row.done, scores))
         if asked:
             places = self._send([row.place for row in asked])
             forced = [self._forced_after(row.ids) for row in asked]
@@ -207,11 +217,17 @@ class Decoder:
             return tensor.pin_memory().to(self.weights.device, non_blocking=True)
         return tensor.to(self.weights.device)
 
-    def _fetch(self, emitted: torch.Tensor, rows: list[_Row | None]) -> _Launch:
+    def _fetch(self, moved: Moved, rows: list[_Row | None]) -> _Launch:
         """Begin to copy new tokens to the host."""
-        if emitted.device.type != "cuda":
-            return _Launch(emitted, rows)
-        copy = torch.empty(emitted.shape, dtype=emitted.dtype, pin_memory=True).copy_(emitted, non_blocking=True)
+        if self.weights.device.type != "cuda":
+            return _Launch(*moved, rows)
+        emitted, logps = (
+            None
+            if each is None
+            else torch.empty_like(each, device="cpu", pin_memory=True).copy_(each, non_blocking=True)
+            for each in moved
+        )
+        assert emitted is not None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return _Launch(copy, rows, event)
+        return _Launch(emitted, logps, rows, event)

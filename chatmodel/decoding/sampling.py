@@ -13,11 +13,13 @@ class Sampling:
         temperature: 0 is greedy.
         top_k: of so many likeliest tokens, all if None.
         top_p: of the likeliest that together have at least this probability.
+        scored: whether log-probabilities are wanted with the tokens.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    scored: bool = False
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | None) -> torch.Tensor:
@@ -44,3 +46,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | Non
     # The strict comparison passes over tokens without probability; rounding may put the number beyond the last sum.
     place = (sums <= (uniform * total)[:, None]).sum(dim=-1).clamp(max=sums.shape[-1] - 1)
     return place if ids is None else ids.gather(1, place[:, None])[:, 0]
+
+
+def score(logits: torch.Tensor, sampling: Sampling, chosen: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (B,) of chosen tokens at the temperature, among all tokens whatever top_k and top_p are."""
+    scaled = logits / sampling.temperature if sampling.temperature > 0 else logits
+    return scaled.gather(1, chosen[:, None])[:, 0] - scaled.logsumexp(dim=-1)

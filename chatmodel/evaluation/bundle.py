@@ -16,7 +16,7 @@ from chatmodel.evaluation.scoring import get_rank, wait_for_ranks
 from chatmodel.runtime import UserError, logger
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-HOW_TO_GET_BUNDLE = f"curl -LO {BUNDLE_URL}, then --eval_bundle eval_bundle.zip"
+HOW_TO_GET_BUNDLE = f"`curl -LO {BUNDLE_URL}`, then give `--eval_bundle eval_bundle.zip`"
 # Hash (`hash_data`) of the 21 files of eval_data in nanochat's bundle.
 OFFICIAL_DATA = "0315e86c4ad9d4150142b57b0dd8494c30079be02c5bc37fac7a3175c8f12b2b"
 CACHE = Path("~/.cache/chatmodel")

@@ -71,7 +71,7 @@ def evaluate_chatcore(
     for name, baseline in BASELINES.items():
         if name == "HumanEval" and not run_generated_code:
             reason = "programs that the model wrote are only run when asked for"
-            tasks[name] = {"not_run": reason, "how": "evaluate again with --run_generated_code"}
+            tasks[name] = {"not_run": reason, "how": "evaluate again with `--run_generated_code`"}
             continue
         try:
             right, seconds = _decide_once(name, model, tokenizer, folder=folder, limits=limits, kept=kept)

@@ -19,13 +19,21 @@ SAMPLE_PROMPTS = (
     "My favorite color is",
     "If 5*x + 3 = 13, then x is",
 )
-# Each list is what the user says in one conversation, turn by turn.
+# Each list is what the user says in one conversation, turn by turn: three conversations, then ten questions.
 SAMPLE_QUESTIONS: tuple[tuple[str, ...], ...] = (
-    ("Who are you?", "What can you do?"),
+    ("Who are you?", "What can you do?", "Who made you?"),
+    ("What is 27 + 48?", "What is 12 times 11?"),
+    ("Hello! I like football. What do you like?", "Why do you like it?"),
     ("Spell the word: garden",),
     ("How many 'r' are in the word 'strawberry'?",),
-    ("What is 27 + 48?", "What is 12 times 11?"),
+    ("A box holds 12 eggs. Mary buys 3 boxes and uses 5 eggs. How many eggs are left?",),
+    ("What is the capital of France?",),
     ("Why is the sky blue?",),
+    ("What do plants need to grow?",),
+    ("Who was Albert Einstein?",),
+    ("Write a Python function that adds two numbers.",),
+    ("Give me three tips for sleeping well.",),
+    ("Tell me a short story about a fox.",),
 )
 CALCULATOR_PARTS = {
     "<|python_start|>": ("python", "<|python_end|>"),

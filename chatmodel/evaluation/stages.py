@@ -28,7 +28,7 @@ from chatmodel.runtime import UserError, logger
 from chatmodel.tokenizer import token_byte_lengths
 
 T = TypeVar("T")
-STAGES = ("base", "mid", "sft", "rl")
+STAGES = ("base", "mid", "sft", "rl", "dpo")
 # Tokens in a padded batch; and where every token has its logits, which a large vocabulary makes large.
 BATCH_TOKENS = {"cuda": 32_768, "mps": 8192, "cpu": 4096}
 LOGIT_TOKENS = 16_384
@@ -39,7 +39,7 @@ class EvalArguments:
     """What to evaluate, on what, and how much of it."""
 
     run_dir: Path | None = field(default=None, metadata={"help": "The run folder, e.g. runs/cpu."})
-    stage: str = field(default="base", metadata={"help": "base (bpb, CORE, samples), or mid, sft, rl (as a chat)."})
+    stage: str = field(default="base", metadata={"help": "base (bpb, CORE, samples); mid, sft, rl, dpo (as a chat)."})
     model: str | None = field(default=None, metadata={"help": "Instead of a run: a model folder or Hub name."})
     output: Path | None = field(default=None, metadata={"help": "With --model: the JSON file to write."})
     trust_remote_code: bool = field(default=False, metadata={"help": "With --model: run the model's own code."})
@@ -109,7 +109,10 @@ def evaluate_base(
     args: EvalArguments, run: Run | None, model: Any, tokenizer: Any, batch_tokens: int, kept: KeptDecisions
 ) -> dict[str, Any]:
     """Bits per byte, CORE and the sample prompts."""
-    bpb: dict[str, Any] = {"not_run": "a model alone has no token stores", "how": "give --run_dir and --stage base"}
+    bpb: dict[str, Any] = {
+        "not_run": "a model alone has no token stores",
+        "how": "give `--run_dir` and `--stage base`",
+    }
     if run is not None:
         bpb = measure_bits_per_byte(args, run, model, tokenizer, batch_tokens)
     core = evaluate_core(
@@ -172,7 +175,7 @@ def evaluate_chat(
         model, tokenizer, folder=args.chatcore, limits=limits, run_generated_code=args.run_generated_code, kept=kept
     )
     names = args.skills if args.skills is not None else find_taught_skills(run, args.stage)
-    skills: dict[str, Any] = {"not_run": "the mixtures teach no generated task", "how": "name some with --skills"}
+    skills: dict[str, Any] = {"not_run": "the mixtures teach no generated task", "how": "name some with `--skills`"}
     if names:
         skills = evaluate_skills(
             model,

@@ -1,17 +1,14 @@
-"""The report's sections on mid-training, SFT, RL and the chat evaluations after each of them."""
+"""The report's sections on mid-training, SFT, and the chat evaluations after them and after RL."""
 
-import math
 from typing import Any
 
-from chatmodel.report.document import Block, Facts, Paragraph, Section, Series, Table, Transcript
+from chatmodel.report.document import Block, Facts, Paragraph, Section, Table
 from chatmodel.report.formats import (
-    clip_text,
     format_bytes,
     format_count,
     format_count_rounded,
     format_decimal,
     format_duration,
-    format_signed,
     format_value,
 )
 from chatmodel.report.results import (
@@ -25,20 +22,15 @@ from chatmodel.report.results import (
 )
 from chatmodel.report.stage_sections import build_figure, build_stage_section, list_others, thin_records
 from chatmodel.report.tables import (
-    MAX_SAMPLE_CHARS,
     build_mixture_table,
     build_sample_table,
     build_skill_table,
     build_task_table,
     build_transcripts,
-    format_accuracy,
     format_measured,
     list_not_run,
-    read_accuracy,
-    write_content,
 )
 
-MAX_COMPLETIONS = 4
 TRAINING_FORMATS = {
     "rows": ("Training rows", format_count),
     "steps": ("Number of iterations", format_count),
@@ -87,7 +79,28 @@ def _describe_chat_training(result: StageResult) -> list[Block]:
     panels = {"loss": losses, "validation bpb": [collect_series("validation bpb", evaluations, "validation_bpb")]}
     caption = "Mid-training loss" if stage == "mid" else "SFT loss"
     blocks += build_figure(f"{stage}_loss", caption, panels) or [Paragraph("Loss curve: not recorded")]
-    return [*blocks, *list_others(metrics, {*TRAINING_FORMATS, "mixture", "history", "evaluations"})]
+    blocks += _list_sources(evaluations)
+    samples = pick_records(metrics, "samples")
+    shown_steps = {samples[0].get("step"), samples[-1].get("step")} if samples else set()
+    for step in sorted(shown_steps, key=lambda step: pick_number({"step": step}, "step") or 0):
+        said = [sample for sample in samples if sample.get("step") == step]
+        blocks += build_transcripts(said, caption=f"Said at step {format_count(step)},")
+    return [*blocks, *list_others(metrics, {*TRAINING_FORMATS, "mixture", "history", "evaluations", "samples"})]
+
+
+def _list_sources(evaluations: list[dict[str, Any]]) -> list[Block]:
+    """Validation loss by data set, and accuracy by task where tasks were asked, at evaluations evenly chosen."""
+    blocks: list[Block] = []
+    for key, title in (("sources", "Validation loss of"), ("accuracies", "Accuracy in")):
+        records = thin_records([record for record in evaluations if pick_named(record.get(key))])
+        names = list(dict.fromkeys(name for record in records for name in record[key]))
+        rows = [
+            (format_count(record.get("step")), *(format_decimal(record[key].get(name)) for name in names))
+            for record in records
+        ]
+        if rows:
+            blocks.append(Table((f"Step; {title}", *names), rows))
+    return blocks
 
 
 def build_chat_evaluation(results: dict[str, StageResult], stage: str) -> Section:
@@ -129,82 +142,3 @@ def _describe_skills(skills: Any) -> list[Block]:
     if not pick_named(skills):
         return [Paragraph("Taught skills: not recorded")]
     return [build_skill_table(skills), *list_not_run(skills)]
-
-
-def build_rl(results: dict[str, StageResult]) -> Section:
-    """What reinforcement learning did to its reward, with counts, and some of what was said on the way."""
-    return build_stage_section("Chat RL", results["rl"], _describe_rl)
-
-
-def _describe_rl(result: StageResult) -> list[Block]:
-    metrics = result.metrics
-    history = pick_records(metrics, "history")
-    optional = {
-        key: metrics[key] for key in OPTIONAL_KEYS | {"tokens_per_second", "peak_memory_bytes"} if key in metrics
-    }
-    rows = [("Task", format_value(metrics.get("task"))), ("Number of steps", format_count(metrics.get("steps")))]
-    rows += [(TRAINING_FORMATS[key][0], TRAINING_FORMATS[key][1](value)) for key, value in sorted(optional.items())]
-    reward = collect_series("reward", history, "reward")
-    length = "mean_length" if any("mean_length" in record for record in history) else "completion_length"
-    panels = {
-        "mean reward": [reward],
-        "completion length (tokens)": [collect_series("mean length", history, length)],
-    }
-    blocks: list[Block] = [Facts(rows), *_compare_pass(metrics.get("pass_at_1")), *_compare_reward(reward)]
-    blocks += build_figure("rl_reward", "RL: reward and completion length", panels) or [
-        Paragraph("Reward curve: not recorded")
-    ]
-    completions = pick_records(metrics, "completions")
-    blocks += _show_completions("before RL", pick_records(metrics, "completions_before"))
-    blocks += _show_completions("after RL", completions) or [Paragraph("RL completions: not recorded")]
-    shown = {"task", "steps", "history", "pass_at_1", "completions", "completions_before", *optional}
-    return [*blocks, *list_others(metrics, shown)]
-
-
-def _compare_pass(measured: Any) -> list[Block]:
-    if (not_run := find_not_run(measured, "pass@1")) is not None:
-        return [not_run]
-    rows: list[tuple[str, ...]] = []
-    for label, key in (("before RL", "before"), ("after RL", "after")):
-        one = pick(measured, key)
-        counts = f"{format_count(pick(one, 'correct'))} / {format_count(pick(one, 'n'))}"
-        rows.append((label, format_accuracy(one), counts))
-    (a, a_error, _), (b, b_error, _) = (read_accuracy(pick(measured, key)) for key in ("before", "after"))
-    if a is not None and b is not None:
-        change = format_signed(b - a)
-        if a_error is not None and b_error is not None:
-            change += f" ± {format_decimal(math.hypot(a_error, b_error))}"
-        rows.append(("change", change, ""))
-    parts = {"before RL": pick(measured, "before"), "after RL": pick(measured, "after")}
-    return [Table(("Model", "pass@1 ± stderr", "Correct / n"), rows), *list_not_run(parts)]
-
-
-def _compare_reward(reward: Series) -> list[Block]:
-    values = [value for _, value in reward.points]
-    if len(values) < 2:
-        return []
-    quarter = max(1, len(values) // 4)
-    rows: list[tuple[str, ...]] = []
-    for label, part in (("first", values[:quarter]), ("last", values[-quarter:])):
-        mean = sum(part) / len(part)
-        spread = sum((value - mean) ** 2 for value in part)
-        error = math.sqrt(spread / (len(part) - 1) / len(part)) if len(part) > 1 else None
-        rows.append((f"{label} quarter", format_count(len(part)), format_measured(mean, error)))
-    return [Table(("Part of training", "Points", "Mean reward ± stderr"), rows)]
-
-
-def _show_completions(when: str, completions: list[dict[str, Any]]) -> list[Block]:
-    shown: list[Block] = []
-    for i, record in enumerate(thin_records(completions, MAX_COMPLETIONS)):
-        step = f", step {format_count(record['step'])}" if "step" in record else ""
-        caption = f"Completion {i + 1} {when}{step}: reward {format_value(record.get('reward'))}"
-        texts = [turn for key in ("prompt", "completion") for turn in _split_turns(key, record.get(key))]
-        shown.append(Transcript(caption, texts))
-    return shown
-
-
-def _split_turns(label: str, said: Any) -> list[tuple[str, str]]:
-    """A prompt or completion, plain or as messages, as turns of (role, text)."""
-    messages = pick_records({label: said}, label)
-    turns = [(str(m["role"]), write_content(m.get("content"))) for m in messages if "role" in m]
-    return [(role, clip_text(text, 2 * MAX_SAMPLE_CHARS)) for role, text in turns or [(label, write_content(said))]]

@@ -158,6 +158,12 @@ def build_environment(results: dict[str, StageResult], hourly_rate: float | None
     return Section("Environment", blocks)
 
 
+def build_commands(results: dict[str, StageResult]) -> Section:
+    """The command of each finished stage, in the order of the pipeline."""
+    rows = [(name, result.command) for name, result in results.items() if result.command is not None]
+    return Section("Commands", [Facts([(name, command) for name, command in rows if command])])
+
+
 def _describe_facts(facts: Any) -> list[tuple[str, str]]:
     if not isinstance(facts, dict):
         return []

@@ -44,7 +44,7 @@ class PretrainArguments:
     lr_fraction: float = field(default=1.0, metadata={"help": "Factor on every planned learning rate."})
     packing: str = field(
         default="best_fit_whole",
-        metadata={"help": "Rows: best_fit_whole (long documents continue), best_fit (they are cropped) or contiguous."},
+        metadata={"help": "Rows: best_fit_whole (long documents continue), best_fit (cropped) or contiguous."},
     )
     documents_apart: bool = field(
         default=False, metadata={"help": "Attend within documents only: as good, and faster with FlashAttention."}

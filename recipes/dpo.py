@@ -1,0 +1,161 @@
+"""Learn from preferred replies (DPO): `accelerate launch recipes/dpo.py --config .../dpo.yaml --preferences FILE`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import DPOConfig, DPOTrainer
+
+from chatmodel.posttraining import (
+    PlannedOptimizer,
+    SealCheckpoints,
+    StopOnBadGradient,
+    explain_memory,
+    fit_to_device,
+    latest_trainer_checkpoint,
+    load_stage_model,
+    pick_history,
+    save_stage_model,
+)
+from chatmodel.preferences import (
+    PairCollator,
+    RenderedPairs,
+    hold_out,
+    measure_preferences,
+    open_pairs,
+    render_pairs,
+    score_pairs,
+)
+from chatmodel.runs import Run
+from chatmodel.runtime import UserError, entry_point, logger, parse_arguments, peak_memory_bytes
+
+SOURCES = ("mid", "sft", "rl")
+HISTORY = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+
+
+@dataclass
+class PreferenceArguments:
+    """What can be asked beside TRL's own DPOConfig."""
+
+    run_dir: Path = field(default=Path("runs/base"), metadata={"help": "The run folder."})
+    source: str = field(default="sft", metadata={"help": "The stage to begin with: mid, sft or rl."})
+    preferences: str | None = field(
+        default=None, metadata={"help": "Pairs: a file or folder, owner/name on the Hub, or a generated task."}
+    )
+    rows: int | None = field(default=None, metadata={"help": "At most so many pairs, after a shuffle."})
+    held_out: int = field(default=200, metadata={"help": "Pairs to measure on, at most a fifth of all."})
+    skip_invalid: bool = field(default=False, metadata={"help": "Leave out pairs that cannot be rendered."})
+    mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
+    lr_fraction: float = field(default=0.02, metadata={"help": "Factor on pretraining's learning rates."})
+
+    def check(self, training: Any) -> None:
+        if self.source not in SOURCES:
+            raise UserError(f"source={self.source!r} must be one of {', '.join(SOURCES)}")
+        if self.preferences is None:
+            raise UserError("no preferences are given; name a file with --preferences FILE")
+        for name in ("rows", "held_out"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if not training.beta > 0:
+            raise UserError(f"beta={training.beta} must be greater than 0")
+        if not training.max_length:
+            raise UserError("max_length is not set; give the tokens that a conversation may have")
+
+
+@dataclass
+class PreferenceConfig(DPOConfig):
+    """TRL's DPOConfig with this project's defaults."""
+
+    bf16: bool | None = field(default=False, metadata={"help": "Not read: see mixed_precision."})
+    activation_checkpointing: bool | None = field(default=False, metadata={"help": "Trade speed for memory."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: Muon and AdamW set the size of a step anyway."})
+
+
+class PreferenceTrainer(RenderedPairs, PlannedOptimizer, DPOTrainer):
+    """TRL's DPOTrainer with pretraining's optimizer and our rendering."""
+
+
+def build_trainer(
+    args: PreferenceArguments, training: PreferenceConfig, run: Run, model: Any, tokenizer: Any, pairs: Any
+) -> PreferenceTrainer:
+    fit_to_device(training, args.mixed_precision)
+    training.output_dir = str(run.checkpoints("dpo"))
+    return PreferenceTrainer(
+        model=model,
+        # TRL would look for it under the name that the model was loaded from.
+        ref_model=None if training.precompute_ref_log_probs else load_stage_model(run.folder(args.source))[0],
+        args=training,
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        callbacks=[StopOnBadGradient(), SealCheckpoints()],
+        plan_folder=run.folder(args.source),
+        lr_fraction=args.lr_fraction,
+    )
+
+
+def score(trainer: PreferenceTrainer, rows: Any) -> Any:
+    model, training = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    with torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16):
+        return score_pairs(
+            model.eval(),
+            rows,
+            pad_token_id=trainer.processing_class.pad_token_id,
+            batch_size=training.per_device_eval_batch_size,
+        )
+
+
+def main() -> None:
+    args, training = parse_arguments(PreferenceArguments, PreferenceConfig)
+    args.check(training)
+    run = Run(Path(args.run_dir))
+    stage = run.begin("dpo", inputs=(args.source,))
+    if stage is None:
+        return
+    source = run.folder(args.source)
+    model, tokenizer = load_stage_model(source)
+    pairs = open_pairs(args.preferences, rows=args.rows, skip_invalid=args.skip_invalid)
+    rows, counts = render_pairs(pairs, tokenizer, max_length=training.max_length, skip_invalid=args.skip_invalid)
+    logger.info(
+        "%s: %d pairs, %d tokens; %d skipped as invalid, %d left out as too long", args.preferences, *counts.values()
+    )
+    rows, held_out = hold_out(rows, args.held_out)
+    trainer = build_trainer(args, training, run, model, tokenizer, rows)
+    reference = score(trainer, held_out)
+    before = measure_preferences(reference)
+    with explain_memory(training):
+        outcome = trainer.train(resume_from_checkpoint=latest_trainer_checkpoint(Path(training.output_dir)))
+    after = measure_preferences(score(trainer, held_out), reference=reference)
+    if not trainer.is_world_process_zero():
+        return
+    logger.info(
+        "held-out pairs whose chosen reply is the likelier: %.3f before, %.3f after",
+        before["accuracy"],
+        after["accuracy"],
+    )
+    metrics = {
+        "preferences": args.preferences,
+        "source": args.source,
+        "pairs": counts,
+        "trained_pairs": len(rows),
+        "steps": trainer.state.global_step,
+        "beta": training.beta,
+        "lr_fraction": args.lr_fraction,
+        "held_out": {"before": before, "after": after},
+        "history": pick_history(trainer.state.log_history, *HISTORY),
+        "train_loss": outcome.training_loss,
+        "train_seconds": outcome.metrics["train_runtime"],
+        "peak_memory_bytes": peak_memory_bytes(training.device),
+    }
+    card = [
+        f"A chat model after DPO on {len(rows):,} pairs of {Path(args.preferences).name}, beta {training.beta}: the "
+        f"chosen reply is the likelier in {before['accuracy']:.3f} of {before['n']} held-out pairs before, in "
+        f"{after['accuracy']:.3f} after."
+    ]
+    save_stage_model(model.eval(), tokenizer, stage.folder, source, card=card)
+    stage.finish(metrics)
+
+
+if __name__ == "__main__":
+    entry_point(main)

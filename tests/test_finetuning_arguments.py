@@ -1,0 +1,56 @@
+"""What cannot be asked of mid-training and SFT is refused in one sentence that names the setting."""
+
+import pytest
+from trl import SFTConfig
+
+from chatmodel.finetuning.arguments import ConversationArguments
+from chatmodel.runtime import UserError
+
+
+def check(arguments=None, context=None, **settings):
+    training = SFTConfig(
+        output_dir="unused",
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        **({"eval_strategy": "no"} | settings),
+    )
+    ConversationArguments(**(arguments or {})).check(training, context=context)
+
+
+def test_what_can_be():
+    check()
+    check(context=2048, max_length=2048)
+    check({"validation_mixture": ["A"], "chatcore_every": 20}, eval_strategy="steps", eval_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "named"),
+    [
+        ({"stage": "best"}, {}, "stage='best'"),
+        ({"lr_fraction": 0}, {}, "lr_fraction=0"),
+        ({"lr_fraction": -1.0}, {}, "lr_fraction=-1.0"),
+        ({"lr_fraction": float("nan")}, {}, "lr_fraction=nan"),
+        ({"loss_scale": "mean"}, {}, "loss_scale='mean'"),
+        ({"constant_fraction": 1.0}, {}, "constant_fraction=1.0"),
+        ({"momentum_warmup_steps": 0}, {}, "momentum_warmup_steps=0"),
+        ({"lora_rank": 0}, {}, "lora_rank=0"),
+        ({}, {"max_length": None}, "max_length=None"),
+        ({}, {"max_length": 0}, "max_length=0"),
+        ({}, {"max_length": 4096, "context": 2048}, "the model's context of 2048"),
+        ({}, {"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+        ({}, {"eval_strategy": "steps", "eval_steps": 10}, "validation_mixture is empty"),
+        ({"chatcore_every": 10}, {}, "chatcore_every=10"),
+        (
+            {"validation_mixture": ["A"], "chatcore_every": 15},
+            {"eval_strategy": "steps", "eval_steps": 10},
+            "multiple of eval_steps=10",
+        ),
+        ({}, {"packing_strategy": "bfd_split"}, "packing_strategy='bfd_split'"),
+        ({}, {"loss_type": "dft"}, "loss_type='dft'"),
+        ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+    ],
+)
+def test_what_cannot_be(arguments, settings, named):
+    with pytest.raises(UserError, match=named):
+        check(arguments, **settings)
