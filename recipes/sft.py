@@ -10,8 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from chatmodel import LORA_TARGETS
-from chatmodel.conversations.mixtures import load_mixture
-from chatmodel.conversations.render import Rendered, preview_masks
+from chatmodel.conversations.mixtures import load_mixture, preview_mixture
 from chatmodel.conversations.stand_ins import choose_sources
 from chatmodel.finetuning.arguments import ConversationArguments
 from chatmodel.finetuning.evaluation import TaskCheck, ValidationLoss
@@ -66,9 +65,9 @@ def load_datasets(
         entries = choose_sources(args.validation_mixture, folder)
         validation, _ = load_mixture(entries, tokenizer, split="validation", **options)
     rows, counts = load_mixture(choose_sources(args.mixture, folder), tokenizer, **options)
-    for row in rows.select(range(min(args.preview_masks, len(rows)))):
-        mask = [int(label != -100) for label in row["labels"]]
-        logger.info("%s", preview_masks(Rendered(row["input_ids"], mask), tokenizer))
+    if args.preview_masks:
+        for line in preview_mixture(rows, tokenizer, args.preview_masks):
+            logger.info("%s", line)
     return rows, validation, counts
 
 
