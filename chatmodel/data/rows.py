@@ -42,7 +42,7 @@ class PackedRows(IterableDataset[Row]):
         store: TokenStore,
         *,
         sequence_length: int,
-        packing: str = "best_fit",
+        packing: str = "best_fit_whole",
         rank: int = 0,
         world_size: int = 1,
         epochs: int | None = None,
