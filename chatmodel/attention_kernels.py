@@ -70,23 +70,8 @@ def attend_flash_2(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
 ) -> torch.Tensor:
     """Causal attention by the FlashAttention 2 that PyTorch carries."""
-    length = query.shape[2]
-    output: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        None,
-        None,
-        length,
-        length,
-        0.0,
-        True,
-        False,
-        scale=scaling,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
-    )[0]
-    return output.transpose(1, 2)
+    states = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return _run_flash_2(states, None, query.shape[2], scaling, window).transpose(1, 2)
 
 
 def attend_flash_3(
@@ -164,12 +149,24 @@ def attend_documents_flash_2(
 ) -> torch.Tensor:
     """`attend_flash_2` within documents."""
     batch, _, length, _ = query.shape
+    states = (_join_rows(query), _join_rows(key), _join_rows(value))
+    return _part_rows(_run_flash_2(states, document_starts, length, scaling, window), batch)
+
+
+def _run_flash_2(
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    document_starts: torch.Tensor | None,
+    longest: int,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """PyTorch's kernel on query, key, value: rows (B, T, heads, head_dim), or documents (tokens, heads, head_dim)."""
     output: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        *(_join_rows(states) for states in (query, key, value)),
+        *states,
         document_starts,
         document_starts,
-        length,
-        length,
+        longest,
+        longest,
         0.0,
         True,
         False,
@@ -177,7 +174,7 @@ def attend_documents_flash_2(
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
     )[0]
-    return _part_rows(output, batch)
+    return output
 
 
 def attend_documents_flash_4(

@@ -17,7 +17,7 @@ from chatmodel.decoding.pool import find_engine
 from chatmodel.decoding.sampling import Sampling
 from chatmodel.decoding.weights import find_obstacle
 from chatmodel.model.generation_gpt import check_prompt
-from chatmodel.runtime import UserError, logger
+from chatmodel.runtime import UserError, warn_once
 from chatmodel.tokenizer import SPECIAL_TOKENS
 
 CALCULATOR_MARKS = re.compile(r"(<\|(?:python|output)_(?:start|end)\|>)")
@@ -117,13 +117,9 @@ def generate_replies(
 def has_engine(model: Any) -> bool:
     """Whether our own engine can decode with a model; says once why not."""
     obstacle = find_obstacle(model)
-    if obstacle is not None and obstacle not in _SAID:
-        _SAID.add(obstacle)
-        logger.warning("replies come from Transformers' own generate, which is slower: %s", obstacle)
+    if obstacle is not None:
+        warn_once("replies come from Transformers' own generate, which is slower: %s", obstacle)
     return obstacle is None
-
-
-_SAID: set[str] = set()
 
 
 def _start_decoding(

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,6 +64,12 @@ def silence_noise() -> None:
     # Of each attempt to reach the Hub, twice over; what is waited for, and what came of it, is said by who asks.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()  # of loading and saving weights, a second at most
+
+
+@cache
+def warn_once(message: str, *parts: str) -> None:
+    """Say in the log, the first time only, that something is slower or poorer than it could be."""
+    logger.warning(message, *parts)
 
 
 def exit_with(error: UserError) -> NoReturn:

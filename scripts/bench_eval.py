@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare_core import TokenizerForNanochat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatmodel import GPTForCausalLM
@@ -70,20 +71,6 @@ def measure_ours(model: Any, tokenizer: Any, tasks: list[CoreTask], settings: Co
         )
         cpu = now
     return rows
-
-
-class TokenizerForNanochat:
-    """The two calls that core_eval.py makes."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def get_bos_token_id(self) -> int:
-        return int(self.tokenizer.bos_token_id)
-
-    def __call__(self, texts: list[str], prepend: int) -> list[list[int]]:
-        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return [[prepend, *ids] for ids in encoded["input_ids"]]
 
 
 def measure_nanochat(checkout: Path, model: Any, tokenizer: Any, tasks: list[CoreTask]) -> Iterator[Row]:

@@ -217,14 +217,15 @@ def take_first(pending: deque[tuple[Piece, "Future[Block]"]]) -> tuple[Piece, Bl
         raise BadShard(piece.shard, error) from None
 
 
-def cut_texts(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in lists of about `BATCH_CHARS` characters."""
+def cut_texts(documents: Iterable[str], *, num_chars: int | None = None) -> Iterator[list[str]]:
+    """Documents in lists of about `num_chars` characters, by default `BATCH_CHARS`."""
+    limit = BATCH_CHARS if num_chars is None else num_chars
     batch: list[str] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += len(document)
-        if size >= BATCH_CHARS:
+        if size >= limit:
             yield batch
             batch, size = [], 0
     if batch:

@@ -15,7 +15,7 @@ from chatmodel.decoding.steps import GraphedSteps, PlainSteps
 from chatmodel.decoding.weights import DecoderWeights
 from chatmodel.model import GPTForCausalLM
 from chatmodel.model.calculator import CalculatorLogitsProcessor
-from chatmodel.runtime import logger
+from chatmodel.runtime import logger, warn_once
 
 KEPT_BYTES = 2**30  # of keys and values that decoders may hold while they have nothing to do
 LENGTH_STEP = 256  # lengths are rounded up to it, so that a decoder serves again
@@ -110,10 +110,6 @@ def use_kernels(weights: DecoderWeights) -> bool:
         from chatmodel.decoding.fused import find_obstacle
 
         obstacle = find_obstacle(weights)
-    if obstacle is not None and obstacle not in _SAID:
-        _SAID.add(obstacle)
-        logger.warning("decoding is slow here, step by step: %s", obstacle)
+    if obstacle is not None:
+        warn_once("decoding is slow here, step by step: %s", obstacle)
     return obstacle is None
-
-
-_SAID: set[str] = set()

@@ -7,7 +7,7 @@ are. Sources: GPT-3, arXiv 2005.14165, appendix C (13-grams); PaLM, arXiv 2204.0
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from chatmodel.data.encoding import cut_texts
 from chatmodel.evaluation.chat_tasks import BASELINES, ChatExample, load_chat_examples
 from chatmodel.evaluation.core_tasks import CoreTask, load_core_tasks
 from chatmodel.evaluation.ngrams import Hashes, Numbers, hash_ngrams, hash_words, write_ngram
@@ -131,7 +132,7 @@ def _hash_task(texts: Sequence[str], n: int) -> tuple[Hashes, Numbers]:
     """Different n-grams of each example of a task, and the example of each."""
     found = []
     begin = 0
-    for batch in cut_batches(texts):
+    for batch in cut_texts(texts, num_chars=BATCH_CHARS):
         words = hash_words(batch)
         ngrams = hash_ngrams(words, n)
         found.append((ngrams.hashes, words.texts[ngrams.positions] + begin))
@@ -146,20 +147,6 @@ def _hash_task(texts: Sequence[str], n: int) -> tuple[Hashes, Numbers]:
     _, ids, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     rare = counts[ids] <= max(WORDING_COUNT, WORDING_SHARE * len(texts))
     return hashes[rare], examples[rare]
-
-
-def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about `BATCH_CHARS` characters."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def scan_texts(texts: Iterable[str], indices: Sequence[NgramIndex], *, num_workers: int) -> dict[str, int]:
@@ -177,7 +164,7 @@ def scan_texts(texts: Iterable[str], indices: Sequence[NgramIndex], *, num_worke
 
     pending: deque[Future[int]] = deque()
     with ThreadPoolExecutor(num_workers) as pool:
-        for batch in cut_batches(texts):
+        for batch in cut_texts(texts, num_chars=BATCH_CHARS):
             totals["documents"] += len(batch)
             totals["chars"] += sum(map(len, batch))
             pending.append(pool.submit(work, batch))
@@ -246,7 +233,7 @@ def split_accuracy(dirty: Any, right: Sequence[bool]) -> dict[str, Any]:
 def write_samples(texts: Sequence[str], index: NgramIndex, num_samples: int) -> list[str]:
     """N-grams that were found in the training text, of different examples, the first ones of the task."""
     samples: list[str] = []
-    for batch in cut_batches(texts):
+    for batch in cut_texts(texts, num_chars=BATCH_CHARS):
         words = hash_words(batch)
         ngrams = hash_ngrams(words, index.n)
         places = np.minimum(np.searchsorted(index.hashes, ngrams.hashes), max(0, len(index.hashes) - 1))
