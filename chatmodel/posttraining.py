@@ -95,16 +95,17 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
 
 
 @contextmanager
-def explain_memory(training: Any) -> Iterator[None]:
-    """Turn a full device into one sentence about a Trainer's arguments."""
+def explain_memory(training: Any, *, other: str | None = None) -> Iterator[None]:
+    """Turn a full device into one sentence about a Trainer's arguments, and an `other` that takes memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         size, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        more = f"; or, if that was not it, lower {other}" if other else ""
         raise UserError(
             f"the memory of {training.device} is full with per_device_train_batch_size={size} "
             f"({str(error).split('. ')[0]}); set a smaller one, and gradient_accumulation_steps higher than "
-            f"{accumulation} by as much, which trains the same"
+            f"{accumulation} by as much, which trains the same{more}"
         ) from None
 
 

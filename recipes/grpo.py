@@ -11,6 +11,7 @@ from chatmodel.posttraining import (
     PlannedOptimizer,
     SealCheckpoints,
     StopOnBadGradient,
+    explain_memory,
     fit_to_device,
     latest_trainer_checkpoint,
     load_stage_model,
@@ -88,10 +89,11 @@ def main() -> None:
     model, tokenizer = trainer.model, trainer.processing_class
     measuring = {"max_new_tokens": training.max_completion_length, "batch_size": args.rollout_batch_size}
     measuring |= {"ks": args.pass_k, "num_samples": args.pass_samples, "top_k": training.top_k or None}
-    before = measure_pass(model, tokenizer, held_out, **measuring)
-    logger.info("greedy, before: %d of %d", before["correct"], before["n"])
-    outcome = trainer.train(resume_from_checkpoint=latest_trainer_checkpoint(Path(training.output_dir)))
-    after = measure_pass(model, tokenizer, held_out, **measuring)
+    with explain_memory(training, other=f"rollout_batch_size={args.rollout_batch_size}"):
+        before = measure_pass(model, tokenizer, held_out, **measuring)
+        logger.info("greedy, before: %d of %d", before["correct"], before["n"])
+        outcome = trainer.train(resume_from_checkpoint=latest_trainer_checkpoint(Path(training.output_dir)))
+        after = measure_pass(model, tokenizer, held_out, **measuring)
     logger.info("greedy, after: %d of %d", after["correct"], after["n"])
     if not trainer.is_world_process_zero():
         return

@@ -13,9 +13,10 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from chatmodel.data.corpus import stream_documents
-from chatmodel.data.encoding import Encoder, count_cores
+from chatmodel.data.encoding import Encoder
 from chatmodel.runtime import entry_point, parse_arguments
 from chatmodel.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, train_tokenizer
+from chatmodel.workers import count_cores
 
 
 @dataclass

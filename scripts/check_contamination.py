@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from chatmodel.conversations.mixtures import open_entry, parse_mixture
 from chatmodel.data.corpus import stream_documents
-from chatmodel.data.encoding import count_cores
 from chatmodel.data.store import TokenStore
 from chatmodel.evaluation.contamination import (
     RULES,
@@ -32,6 +31,7 @@ from chatmodel.evaluation.contamination import (
 )
 from chatmodel.runtime import UserError, entry_point, read_json, write_json
 from chatmodel.tokenizer import load_tokenizer
+from chatmodel.workers import count_cores
 
 
 def parse_options() -> argparse.Namespace:

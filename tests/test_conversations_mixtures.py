@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from chatmodel.conversations import datasets, mixtures, sources
+from chatmodel.conversations import datasets, mixtures, rows, sources
 from chatmodel.conversations.mixtures import count_rows, describe_counts, load_mixture, mix_rows, preview_mixture
 from chatmodel.conversations.render import render_conversation
 from chatmodel.conversations.sources import MixtureEntry, Source, open_entry, parse_mixture
@@ -231,9 +232,9 @@ def test_what_is_not_there_is_named(tokenizer, tmp_path):
 def test_too_long_conversations_are_cut_or_dropped(tokenizer, tmp_path, caplog):
     half = {"messages": [TALK[0], {"role": "assistant", "content": "word " * 200}]}
     path = write_rows(tmp_path / "long.jsonl", [half, {"messages": TALK}])
-    for rule, rows, cut, dropped in (("cut", 2, 1, 0), ("drop", 1, 0, 1)):
+    for rule, kept, cut, dropped in (("cut", 2, 1, 0), ("drop", 1, 0, 1)):
         dataset, counts = load_mixture([{"name": path, "too_long": rule}], tokenizer, max_length=32)
-        assert [len(dataset), *(counts[0][key] for key in ("rows", "cut", "dropped"))] == [rows, rows, cut, dropped]
+        assert [len(dataset), *(counts[0][key] for key in ("rows", "cut", "dropped"))] == [kept, kept, cut, dropped]
     path = write_rows(tmp_path / "all.jsonl", [half])
     load_mixture([{"name": path, "too_long": "drop"}, "Arithmetic"], tokenizer, max_length=32)
     assert f"{path}: none of its conversations can be trained on" in caplog.text
@@ -304,6 +305,49 @@ def test_a_large_mixture_is_the_same_on_the_disk(tokenizer, talks, monkeypatch):
     assert not small.cache_files
     assert list(large) == list(small)
     assert large.features == small.features
+
+
+@pytest.fixture
+def in_processes(monkeypatch):
+    """Rows are made by two processes, three rows at a time."""
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(rows, "PARALLEL_ROWS", 0)
+    monkeypatch.setattr(rows, "count_cores", lambda: 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one process")
+def test_processes_make_the_same_rows_and_counts(tokenizer, tmp_path, request, caplog, monkeypatch):
+    wrong = [{"messages": TALK[:1]}, {"text": "none"}] * 3
+    path = write_rows(tmp_path / "some.jsonl", [{"messages": TALK}, {"messages": TALK + TALK}, *wrong] * 5)
+    entries = [{"name": path, "too_long": "drop"}, {"name": "Arithmetic", "rows": 50}, {"name": path, "epochs": 2}]
+
+    def load():
+        with caplog.at_level("WARNING", logger="chatmodel"):
+            caplog.clear()
+            dataset, counts = load_mixture(entries, tokenizer, max_length=32, skip_invalid=True)
+        return list(dataset), counts, dataset.features, caplog.text
+
+    alone = load()
+    request.getfixturevalue("in_processes")
+    numbers = []
+    original = rows.open_processes
+
+    def open_processes(work, number, **options):
+        numbers.append(number)
+        return original(work, number, **options)
+
+    monkeypatch.setattr(rows, "open_processes", open_processes)
+    assert load() == alone
+    assert numbers == [2]
+    assert alone[1][0]["skipped"] == 30
+    assert "and 27 more" in alone[3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one process")
+def test_a_wrong_row_is_named_by_a_process_too(tokenizer, tmp_path, in_processes):
+    path = write_rows(tmp_path / "bad.jsonl", [{"messages": TALK}] * 20 + [{"messages": TALK[:1]}])
+    with pytest.raises(UserError, match=r"bad\.jsonl, row 21: .*no assistant turn.*skip_invalid"):
+        load_mixture([path], tokenizer, max_length=64)
 
 
 def test_a_stand_in_is_a_file_of_conversations(talks):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from chatmodel.data import encoding
+from chatmodel import workers
 from chatmodel.data.encoding import Encoder, Piece, cut_shards, cut_texts, encode_in_order, open_workers
 from chatmodel.data.files import DamagedFile
 from chatmodel.data.shards import BadShard, find_file_shards
@@ -33,7 +33,7 @@ def test_ids_are_tiktokens(tokenizer):
 
 
 def test_texts_are_cut_into_batches(monkeypatch):
-    monkeypatch.setattr(encoding, "BATCH_CHARS", 5)
+    monkeypatch.setattr("chatmodel.data.encoding.BATCH_CHARS", 5)
     assert list(cut_texts(["abc", "de", "f", "ghijklm", "n"])) == [["abc", "de"], ["f", "ghijklm"], ["n"]]
 
 
@@ -41,7 +41,7 @@ def test_texts_are_cut_into_batches(monkeypatch):
 def folder(tmp_path, monkeypatch) -> Path:
     """A parquet shard of five row groups, a jsonl shard, and one more for validation."""
     monkeypatch.setattr("chatmodel.data.files.PIECE_BYTES", 1)
-    monkeypatch.setattr(encoding, "BATCH_CHARS", 100)
+    monkeypatch.setattr("chatmodel.data.encoding.BATCH_CHARS", 100)
     root = tmp_path / "text"
     root.mkdir()
     texts = [None if n == 7 else "" if n == 8 else f"document {n} " + "word " * (n % 13) for n in range(100)]
@@ -106,7 +106,7 @@ def test_a_killed_worker_is_an_error(tokenizer):
 
 
 def hold_workers(encoder: Encoder, ready: Connection) -> None:
-    encoding.PARENT_CHECK_SECONDS = 0.1
+    workers.PARENT_CHECK_SECONDS = 0.1
     with open_workers(encoder, num_workers=2, total_bytes=10**9):
         ready.send([child.pid for child in psutil.Process().children()])
         time.sleep(60)
@@ -119,9 +119,9 @@ def test_workers_end_with_a_killed_parent(tokenizer):
     receiver, sender = context.Pipe()
     parent = context.Process(target=hold_workers, args=(Encoder(tokenizer), sender))
     parent.start()
-    workers = [psutil.Process(pid) for pid in receiver.recv()]
-    assert len(workers) == 2
+    children = [psutil.Process(pid) for pid in receiver.recv()]
+    assert len(children) == 2
     parent.kill()
     parent.join()
-    _, alive = psutil.wait_procs(workers, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive

@@ -83,6 +83,9 @@ def test_a_full_memory_is_one_sentence():
     sentence = str(caught.value)
     assert "per_device_train_batch_size=32 (CUDA out of memory)" in sentence
     assert "gradient_accumulation_steps higher than 2" in sentence
+    rollouts = explain_memory(training, other="rollout_batch_size=512")
+    with pytest.raises(UserError, match="or, if that was not it, lower rollout_batch_size=512"), rollouts:
+        raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has")
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run():

@@ -6,28 +6,25 @@ import random
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetInfo
 from datasets.arrow_writer import ArrowWriter
-from tqdm import tqdm
+from datasets.table import InMemoryTable
 
 from chatmodel.conversations.datasets import PUBLIC_TASKS
 from chatmodel.conversations.generated import GENERATED_TASKS
-from chatmodel.conversations.render import LEGEND, Piece, Rendered, lay_out, preview_masks, render_pieces
-from chatmodel.conversations.sources import MixtureEntry, Source, StreamFailure, open_entry, parse_mixture
+from chatmodel.conversations.render import LEGEND, Rendered, preview_masks
+from chatmodel.conversations.rows import COUNTS, FEATURES, Member, RowMaker, Tally, make_rows
+from chatmodel.conversations.sources import MixtureEntry, Source, open_entry, parse_mixture
 from chatmodel.runtime import UserError
 
 logger = logging.getLogger("chatmodel")
 
-CHUNK_ROWS = 1024
 LARGE_MIXTURE = 100_000  # rows, from which on the ids are kept on the disk
-SKIPPED_NAMED = 3
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "source": Value("string")})
-COUNTS = ("rows", "tokens", "trained_tokens", "skipped", "cut", "dropped")
 
 
 def load_mixture(
@@ -72,10 +69,17 @@ def load_mixture(
     options: dict[str, Any] = {"split": split, "folder": chatcore_folder, "words": words, "skip_invalid": skip_invalid}
     sources = [open_entry(entry, **options) for entry in parsed]
     order = mix_rows(count_rows(parsed, sources), seed=seed)
-    tallies = [Tally(source, entry.too_long) for entry, source in zip(parsed, sources, strict=True)]
-    chunks = _render_chunks(order, tallies, tokenizer, max_length, skip_invalid, train_on_prompts)
+    maker = RowMaker(
+        [Member(source, entry.too_long) for entry, source in zip(parsed, sources, strict=True)],
+        tokenizer,
+        max_length=max_length,
+        skip_invalid=skip_invalid,
+        train_on_prompts=train_on_prompts,
+    )
+    tallies = [Tally(source.name) for source in sources]
+    tables = make_rows(order, maker, tallies)
     on_disk = len(order) > LARGE_MIXTURE or any(source.is_stream for source in sources)
-    dataset = _store_on_disk(chunks) if on_disk else _gather(chunks)
+    dataset = _store_on_disk(tables) if on_disk else _gather(tables)
     counts = [tally.counts for tally in tallies]
     for tally in tallies:
         tally.log_skipped()
@@ -89,104 +93,19 @@ def load_mixture(
     return dataset, counts
 
 
-@dataclass
-class Tally:
-    """What became of the rows of a source so far."""
-
-    source: Source
-    too_long: str = "cut"
-    counts: dict[str, Any] = field(init=False)
-    skipped: list[str] = field(default_factory=list)
-    taken: int = 0
-
-    def __post_init__(self) -> None:
-        self.counts = {"name": self.source.name} | dict.fromkeys(COUNTS, 0)
-
-    def read(self, number: int, *, skip_invalid: bool) -> list[Piece] | None:
-        """The conversation of a row, laid out; None where it is invalid and may be skipped."""
-        # A stream gives its rows as they come: its n-th place in the mixture gets its n-th row.
-        row = (self.taken if self.source.is_stream else number) % self.source.count
-        self.taken += 1
-        try:
-            return lay_out(self.source.read(row))
-        except StreamFailure as error:
-            raise UserError(f"{self.source.locate(row)}: {error}") from None
-        except UserError as error:
-            problem = f"{self.source.locate(row)}: {error}"
-            if not skip_invalid:
-                raise UserError(f"{problem} (skip_invalid leaves such rows out)") from None
-            self.counts["skipped"] += 1
-            if len(self.skipped) < SKIPPED_NAMED:
-                self.skipped.append(problem)
-            return None
-
-    def admit(self, row: Rendered, trained_tokens: int) -> bool:
-        """Count a rendered row; whether it is trained on."""
-        is_dropped = not trained_tokens or (row.cut > 0 and self.too_long == "drop")
-        self.counts["cut"] += row.cut > 0 and self.too_long == "cut"
-        self.counts["dropped"] += is_dropped
-        if not is_dropped:
-            self.counts["rows"] += 1
-            self.counts["tokens"] += len(row.mask)
-            self.counts["trained_tokens"] += trained_tokens
-        return not is_dropped
-
-    def log_skipped(self) -> None:
-        """Say how many rows were skipped, and the first of them by name."""
-        count = self.counts["skipped"]
-        if count:
-            more = f"; and {count - len(self.skipped)} more" if count > len(self.skipped) else ""
-            logger.warning(
-                "%s: %d invalid conversations left out: %s%s", self.source.name, count, "; ".join(self.skipped), more
-            )
+def _gather(tables: Iterable[pa.Table]) -> Dataset:
+    return Dataset(InMemoryTable(pa.concat_tables(tables)), info=DatasetInfo(features=FEATURES))
 
 
-def _render_chunks(
-    order: Sequence[tuple[int, int]],
-    tallies: Sequence[Tally],
-    tokenizer: Any,
-    max_length: int,
-    skip_invalid: bool,
-    train_on_prompts: bool,
-) -> Iterator[dict[str, list[Any]]]:
-    with tqdm(total=len(order), desc="conversations", unit="row", unit_scale=True, disable=None) as progress:
-        for begin in range(0, len(order), CHUNK_ROWS):
-            chunk = order[begin : begin + CHUNK_ROWS]
-            laid_out = [(tallies[member], tallies[member].read(n, skip_invalid=skip_invalid)) for member, n in chunk]
-            kept = [(tally, pieces) for tally, pieces in laid_out if pieces is not None]
-            rendered = render_pieces(tokenizer, [pieces for _, pieces in kept], max_length=max_length)
-            yield _label_rows([tally for tally, _ in kept], rendered, train_on_prompts=train_on_prompts)
-            progress.update(len(chunk))
-
-
-def _label_rows(
-    tallies: Sequence[Tally], rendered: Sequence[Rendered], *, train_on_prompts: bool
-) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "source": []}
-    for tally, row in zip(tallies, rendered, strict=True):
-        mask = [1] * len(row.mask) if train_on_prompts else row.mask
-        if not tally.admit(row, sum(mask)):
-            continue
-        columns["input_ids"].append(row.input_ids)
-        columns["labels"].append([i if trained else -100 for i, trained in zip(row.input_ids, mask, strict=True)])
-        columns["source"].append(tally.source.name)
-    return columns
-
-
-def _gather(chunks: Iterable[dict[str, list[Any]]]) -> Dataset:
-    return concatenate_datasets([Dataset.from_dict(columns, features=FEATURES) for columns in chunks])
-
-
-def _store_on_disk(chunks: Iterable[dict[str, list[Any]]]) -> Dataset:
+def _store_on_disk(tables: Iterable[pa.Table]) -> Dataset:
     """The rows in a file of the system's temporary folder (TMPDIR) that lives as long as this process."""
     folder = Path(tempfile.mkdtemp(prefix="chatmodel-mixture-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with ArrowWriter(path=str(folder / "rows.arrow"), features=FEATURES) as writer:
-        for columns in chunks:
-            if columns["source"]:
-                writer.write_batch(columns)
-        written, _ = writer.finalize()
-    return Dataset.from_file(str(folder / "rows.arrow")) if written else Dataset.from_dict({}, features=FEATURES)
+        for table in tables:
+            writer.write_table(table)
+        writer.finalize()
+    return Dataset.from_file(str(folder / "rows.arrow"))
 
 
 def _explain_nothing(counts: Sequence[dict[str, Any]], rows: int, max_length: int) -> str:

@@ -4,7 +4,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from chatmodel.data.encoding import count_cores
+from chatmodel.workers import count_cores
 
 BLOCK_BYTES = 2**26  # each block has a checksum of its own, so that all cores can compute them
 READ_BYTES = 2**20

@@ -1,19 +1,12 @@
 """How is text turned into ids on all cores, in the order of the documents?"""
 
-import gc
-import multiprocessing
-import os
-import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,13 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from chatmodel.data.files import DamagedFile, plan_row_groups, read_parquet, read_texts
 from chatmodel.data.loading import read_ahead
 from chatmodel.data.shards import BadShard, Selection, Shards, fetch_in_turn
-from chatmodel.runtime import UserError
 from chatmodel.tokenizer import build_encoding
+from chatmodel.workers import count_cores, open_processes, run_in_order
 
 BATCH_CHARS = 200_000  # text that goes to a worker at a time, where this process reads it
 MAX_WORKERS = 32  # one process writes what all of them encode
 MIN_PROCESS_BYTES = 10_000_000  # of files; for less text, processes cost more than they save
-PARENT_CHECK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -111,8 +103,8 @@ Submit = Callable[[Piece], "Future[Block]"]
 def open_workers(encoder: Encoder, *, num_workers: int | None, total_bytes: int) -> Iterator[tuple[Submit, int]]:
     """Workers that encode pieces, and their number; they are gone afterwards.
 
-    They are processes where the system forks them, a third faster than threads. Elsewhere (on macOS each would import
-    everything anew) and for less than `MIN_PROCESS_BYTES` they are threads, as tiktoken frees the interpreter lock.
+    They are processes where the system forks them, a third faster than threads. Elsewhere and for less than
+    `MIN_PROCESS_BYTES` they are threads, as tiktoken frees the interpreter lock.
 
     Args:
         num_workers: by default as many as there are cores.
@@ -121,62 +113,16 @@ def open_workers(encoder: Encoder, *, num_workers: int | None, total_bytes: int)
         UserError: a process was killed from outside.
     """
     number = num_workers or min(count_cores(), MAX_WORKERS)
+
+    def encode(piece: Piece) -> Block:
+        return encoder.encode(piece.texts)
+
     if number == 1 or total_bytes < MIN_PROCESS_BYTES or sys.platform != "linux":
-        pool: Executor = ThreadPoolExecutor(number)
-        encode: Callable[[Piece], Block] = partial(encode_piece, encoder)
+        with ThreadPoolExecutor(number) as pool:
+            yield partial(pool.submit, encode), number
     else:
-        context = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(number, context, initializer=start_worker, initargs=(encoder, os.getpid()))
-        pool.submit(os.getpid).result()  # all are forked here, before any thread fetches files
-        encode = encode_in_worker
-
-    def submit(piece: Piece) -> Future[Block]:
-        return pool.submit(encode, piece)
-
-    try:
-        yield submit, number
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that encodes text was killed from outside, perhaps because memory ran out; free some memory and"
-            " start again"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_encoder: Encoder | None = None  # of a worker process
-
-
-def start_worker(encoder: Encoder, parent: int) -> None:
-    """Prepare a worker process: it leaves Ctrl-C to its parent, and ends when that is gone."""
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def leave_if_orphaned(number: int, frame: FrameType | None) -> None:
-        if os.getppid() != parent:
-            os._exit(1)
-
-    signal.signal(signal.SIGALRM, leave_if_orphaned)
-    signal.setitimer(signal.ITIMER_REAL, PARENT_CHECK_SECONDS, PARENT_CHECK_SECONDS)
-    gc.freeze()
-
-
-def encode_in_worker(piece: Piece) -> Block:
-    """What a worker process does."""
-    assert _encoder is not None
-    return encode_piece(_encoder, piece)
-
-
-def encode_piece(encoder: Encoder, piece: Piece) -> Block:
-    """What a worker does."""
-    return encoder.encode(piece.texts)
+        with open_processes(encode, number, doing="encodes text") as submit:
+            yield submit, number
 
 
 def encode_in_order(pieces: Iterator[Piece], submit: Submit, *, num_workers: int) -> Iterator[tuple[Piece, Block]]:
@@ -185,36 +131,12 @@ def encode_in_order(pieces: Iterator[Piece], submit: Submit, *, num_workers: int
     Raises:
         BadShard: after the results of all pieces before the one that cannot be read.
     """
-    pending: deque[tuple[Piece, Future[Block]]] = deque()
-    failure: BadShard | None = None
-    try:
-        while failure is None:
-            try:
-                piece = next(pieces)
-            except StopIteration:
-                break
-            except BadShard as error:
-                failure = error
-                break
-            pending.append((piece, submit(piece)))
-            if len(pending) > 2 * num_workers:
-                yield take_first(pending)
-        while pending:
-            yield take_first(pending)
-        if failure is not None:
-            raise failure
-    finally:
-        for _, future in pending:
-            future.cancel()
-
-
-def take_first(pending: deque[tuple[Piece, "Future[Block]"]]) -> tuple[Piece, Block]:
-    """The first result, once it is there."""
-    piece, future = pending.popleft()
-    try:
-        return piece, future.result()
-    except DamagedFile as error:
-        raise BadShard(piece.shard, error) from None
+    for piece, future in run_in_order(pieces, submit, ahead=2 * num_workers):
+        try:
+            block = future.result()
+        except DamagedFile as error:
+            raise BadShard(piece.shard, error) from None
+        yield piece, block
 
 
 def cut_texts(documents: Iterable[str], *, num_chars: int | None = None) -> Iterator[list[str]]:

@@ -8,9 +8,9 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-from chatmodel.data.encoding import count_cores
 from chatmodel.evaluation.scoring import encode_texts, get_start_token
 from chatmodel.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERNS, build_encoding, read_split_pattern
+from chatmodel.workers import count_cores
 
 # Words, digits, blanks, line breaks, marks, other scripts, a control token's name: where splitting could differ.
 SAMPLE = "It's  7531 words,\n\n\tisn't it?!\r\n<|bos|> Größe 東京 🙂  \n x=f(1)#\n"
