@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,7 @@ def open_workers(encoder: Encoder, *, num_workers: int | None, total_bytes: int)
 
     if number == 1 or total_bytes < MIN_PROCESS_BYTES or sys.platform != "linux":
         with ThreadPoolExecutor(number) as pool:
-            yield partial(pool.submit, encode), number
+            yield lambda piece: pool.submit(encode, piece), number
     else:
         with open_processes(encode, number, doing="encodes text") as submit:
             yield submit, number
