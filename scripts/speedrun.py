@@ -53,7 +53,7 @@ def read_arguments() -> argparse.Namespace:
     for option in ("dataset", "eval_bundle", "chatcore", "conversations", "accelerate_config", "beside"):
         value = getattr(args, option)
         if value is not None and Path(value).exists():
-            setattr(args, option, type(value)(Path(value).resolve()))
+            setattr(args, option, type(value)(shorten(Path(value).resolve())))
     return args
 
 
