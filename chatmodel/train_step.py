@@ -39,6 +39,27 @@ class StepResult:
     updated: bool
 
 
+@dataclass(frozen=True)
+class StepUnderway:
+    """A step that was begun; where a device does the work, its loss and gradient norm are known only later."""
+
+    numbers: torch.Tensor
+    lr_multiplier: float
+    known: torch.cuda.Event | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `wait` returns at once, whatever the device does."""
+        return self.known is None
+
+    def wait(self) -> StepResult:
+        """What the step found."""
+        if self.known is not None:
+            self.known.synchronize()
+        loss, norm = self.numbers.tolist()
+        return StepResult(loss, norm, self.lr_multiplier, math.isfinite(loss) and math.isfinite(norm))
+
+
 class TrainStep:
     """The model and the optimizer of a run, and how they take one step together.
 
@@ -116,6 +137,13 @@ class TrainStep:
 
     def finish(self, step: int) -> StepResult:
         """Update the weights with what was accumulated, unless it is not finite; `step` counts from 0."""
+        return self.begin_update(step).wait()
+
+    def begin_update(self, step: int) -> StepUnderway:
+        """As `finish`, but waits for nothing: the next micro-batches can be on their way before one looks at the result.
+
+        After a step that was not finite the weights are the old ones, whatever is accumulated meanwhile.
+        """
         assert len(self._losses) == self.accumulation, (len(self._losses), self.accumulation)
         loss = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean")
         self._losses.clear()
@@ -124,16 +152,15 @@ class TrainStep:
         norm = self._clip_gradients()
         multiplier = apply_schedule(self.optimizer, step, self.plan.schedule)
         numbers = torch.stack((loss.float(), norm))
+        known = None
         if numbers.is_cuda and not self.divided:
             # The update is on its way before these numbers are known here, so the device is never idle.
             numbers, known = self._fetch(numbers)
             self.optimizer.step()
-            known.synchronize()
         elif numbers.isfinite().all():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss_value, norm_value = numbers.tolist()
-        return StepResult(loss_value, norm_value, multiplier, math.isfinite(loss_value) and math.isfinite(norm_value))
+        return StepUnderway(numbers, multiplier, known)
 
     def _fetch(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
         """Begin to copy `numbers` to the host, and tell the optimizer to skip its step if they are not finite."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -268,15 +269,18 @@ def main() -> None:
     torch.cuda.empty_cache()
     asked = {"ours": True, "ours_apart": args.document_tokens, "ours_fp8": args.fp8, "nanochat": args.nanochat}
     systems = [system for system, wanted in asked.items() if wanted]
-    results = [
-        run_child(sys.argv[1:], system, depth)
-        for depth in args.depths
-        for _ in range(args.repeats)
-        for system in systems
-    ]
+    results: list[dict[str, Any]] = []
+    for depth, _, system in product(args.depths, range(args.repeats), systems):
+        results.append(run_child(sys.argv[1:], system, depth))
+        print(f"{system}, depth {depth}: {results[-1]['tokens_per_second']:,.0f} tok/s", file=sys.stderr)
+        keep(args, results, {"before": before})  # what was measured is there even if the rest is cut off
     ceilings = {"before": before, "after": measure_ceilings()}
     print(render(results))
     print(json.dumps(ceilings))
+    keep(args, results, ceilings)
+
+
+def keep(args: argparse.Namespace, results: list[dict[str, Any]], ceilings: dict[str, Any]) -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"results": results, "ceilings": ceilings}, indent=2) + "\n")

@@ -37,7 +37,7 @@ from chatmodel.model import GPTConfig, GPTForCausalLM
 from chatmodel.runtime import UserError, choose_precision, entry_point
 from chatmodel.scaling import GroupPlan, RunPlan, plan_run
 from chatmodel.tokenizer import load_tokenizer, token_byte_lengths
-from chatmodel.train_step import TrainStep
+from chatmodel.train_step import StepResult, TrainStep
 from chatmodel.training.loading import Loader
 
 OWN_KEYS = ("batch", "tokens", "depth", "seed", "packing", "documents_apart", "lr", "decay", "warmdown", "final_lr")
@@ -115,17 +115,20 @@ def run_variant(
     packing = variant.get("packing", "best_fit_whole")
     length = plan.sequence_length
     rows = PackedRows(store, sequence_length=length, packing=packing, seed=seed, documents_apart=apart)
-    losses = []
+    losses: list[float] = []
+    underway = None
     with Loader(rows, batch_size=args.device_batch_size, device=accelerator.device, timeout=60) as loader:
         for index in range(plan.steps):
             if index == min(3, plan.steps - 1):
                 began = time.perf_counter()
             for _ in range(step.accumulation):
                 step.accumulate(loader.take())
-            result = step.finish(index)
-            if not result.updated:
-                return {"failed": f"loss {result.loss}, gradient {result.gradient_norm} at step {index}"}
-            losses.append(result.loss)
+            if underway is not None and not keep_loss(underway.wait(), losses):
+                return {"failed": f"loss or gradient not finite at step {index - 1}"}
+            underway = step.begin_update(index)
+        assert underway is not None
+        if not keep_loss(underway.wait(), losses):
+            return {"failed": f"loss or gradient not finite at step {plan.steps - 1}"}
         timed = plan.steps - min(3, plan.steps - 1)
         seconds = (time.perf_counter() - began) * plan.steps / timed
     with step.evaluating() as evaluated:
@@ -147,6 +150,13 @@ def run_variant(
         "passes": rows.epoch + 1,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
     }
+
+
+def keep_loss(result: StepResult, losses: list[float]) -> bool:
+    """Whether the step was finite; then its loss is one more of `losses`."""
+    if result.updated:
+        losses.append(result.loss)
+    return result.updated
 
 
 def validation_documents(args: argparse.Namespace) -> Iterator[list[int]]:

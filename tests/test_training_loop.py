@@ -16,7 +16,7 @@ from chatmodel.checkpoint import list_checkpoints
 from chatmodel.data.rows import PackedRows
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError
-from chatmodel.train_step import TrainStep
+from chatmodel.train_step import StepUnderway, TrainStep
 from chatmodel.training import loop
 from chatmodel.training.arguments import PretrainArguments
 from chatmodel.training.batch_size import list_candidates
@@ -69,14 +69,47 @@ def assert_equal(found, expected):
 
 def at_step(monkeypatch, step, action):
     """Do something when the loop is about to finish a step."""
-    finish = TrainStep.finish
+    begin_update = TrainStep.begin_update
 
-    def finish_with_action(self, number):
+    def begin_with_action(self, number):
         if number == step:
             action()
-        return finish(self, number)
+        return begin_update(self, number)
 
-    monkeypatch.setattr(TrainStep, "finish", finish_with_action)
+    monkeypatch.setattr(TrainStep, "begin_update", begin_with_action)
+
+
+@pytest.fixture(params=("at once", "later"))
+def when_known(request, monkeypatch):
+    """When a step's result is looked at: at once, as on the CPU, or behind the next micro-batches, as on a GPU."""
+    if request.param == "later":
+        monkeypatch.setattr(StepUnderway, "is_known", False)
+    return request.param
+
+
+def test_a_result_that_is_known_late_changes_nothing(run, text, unbroken, monkeypatch):
+    order = []
+    for name in ("accumulate", "begin_update"):
+        method = getattr(TrainStep, name)
+
+        def record(self, argument, name=name, method=method):
+            order.append(name)
+            return method(self, argument)
+
+        monkeypatch.setattr(TrainStep, name, record)
+    wait = StepUnderway.wait
+    monkeypatch.setattr(StepUnderway, "wait", lambda self: order.append("wait") or wait(self))
+    monkeypatch.setattr(StepUnderway, "is_known", False)
+    pretraining = build(run, text, log_every=3, max_steps=8)
+    pretraining.train()
+    weights = unbroken.model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pretraining.model.state_dict().items())
+    assert pretraining.state.evaluations == unbroken.state.evaluations
+    assert saved_steps(run) == [6, 8]
+    step = ["accumulate", "accumulate", "begin_update"]
+    # The first compiles; saving is due after 3 and 6, a measurement after 4 and 8.
+    at_once, late = [*step, "wait"], [*step, "accumulate", "accumulate", "wait", "begin_update", "wait"]
+    assert order == [*at_once, *late, *at_once, *late, *late]
 
 
 def test_the_log_keeps_what_a_step_found(unbroken):
@@ -86,7 +119,7 @@ def test_the_log_keeps_what_a_step_found(unbroken):
     assert saved_steps(unbroken.run) == [6, 8]
 
 
-def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(run, text, unbroken, monkeypatch):
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(run, text, unbroken, monkeypatch, when_known):
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(UserError, match="stopped by SIGTERM after step 5, which is saved"):
@@ -131,7 +164,7 @@ def test_a_measurement_that_fails_costs_no_step(run, text, monkeypatch):
     assert saved_steps(run) == [3, 4]
 
 
-def test_the_clock_saves_too(run, text):
+def test_the_clock_saves_too(run, text, when_known):
     build(run, text, max_steps=3, save_every=1000, eval_every=1000, save_every_minutes=1e-9).train()
     assert saved_steps(run) == [2, 3]
 
@@ -157,7 +190,7 @@ def test_a_checkpoint_of_another_model_is_refused(run, text):
         build(run, text, max_steps=3, depth=2).train()
 
 
-def test_a_batch_that_gives_nan_is_stopped_at_and_named(run, text):
+def test_a_batch_that_gives_nan_is_stopped_at_and_named(run, text, when_known):
     """One weight becomes NaN that only one word needs: the first row that holds this word is the guilty one."""
     pretraining = build(run, text)
     store = pretraining.train_store
@@ -182,7 +215,7 @@ def test_a_batch_that_gives_nan_is_stopped_at_and_named(run, text):
         assert store.offsets[document] <= start < stop <= store.offsets[document + 1]
 
 
-def test_a_broken_loss_saves_the_state_before_it(run, text, unbroken, monkeypatch):
+def test_a_broken_loss_saves_the_state_before_it(run, text, unbroken, monkeypatch, when_known):
     """Weights and data are good: what is wrong is not there when the micro-batches are run again."""
     accumulate = TrainStep.accumulate
     calls = []

@@ -15,7 +15,7 @@ from chatmodel.model import GPTForCausalLM
 from chatmodel.runs import Run, Stage
 from chatmodel.runtime import UserError, logger, write_json
 from chatmodel.tokenizer import calculator_table, load_tokenizer
-from chatmodel.train_step import StepResult, TrainStep
+from chatmodel.train_step import StepResult, StepUnderway, TrainStep
 from chatmodel.training.arguments import PretrainArguments, open_stores
 from chatmodel.training.bad_batch import as_records, describe_bad_rows, find_bad_rows
 from chatmodel.training.batch_size import choose_device_batch_size
@@ -81,6 +81,8 @@ class Pretraining:
         self.saved_at = time.monotonic()
         self.window_steps, self.window_seconds = 0, 0.0  # since the last log line
         self.is_warm = False  # the first step of a process compiles
+        # The step whose result is not known yet, and where its rows began; `state` does not count it.
+        self.underway: tuple[StepUnderway, dict[str, Any]] | None = None
 
     def _build_rows(self) -> PackedRows:
         return PackedRows(
@@ -115,7 +117,7 @@ class Pretraining:
         self.clock.restart()
         while True:
             step, is_last = self.state.step, self.state.step == self.plan.steps
-            if is_last or step % self.args.eval_every == 0:
+            if self.underway is None and (is_last or step % self.args.eval_every == 0):
                 self._save()
                 self._measure(is_last=is_last)
             if is_last:
@@ -127,21 +129,37 @@ class Pretraining:
         begin = self.loader.position
         for _ in range(self.train_step.accumulation):
             self.train_step.accumulate(self.loader.take())
-        result = self.train_step.finish(self.state.step)
+        # Only now is the step before looked at, so that the device does not wait for this process in between.
+        self._settle()
+        self.underway = self.train_step.begin_update(self.state.step), begin
+        if self.underway[0].is_known or not self.is_warm or self._is_due(self.state.step + 1):
+            self._settle()
+        if not self.is_warm:
+            with self._time_out():
+                freeze_garbage()
+            self.is_warm = True
+
+    def _is_due(self, step: int) -> bool:
+        """Whether the schedule has something to do between this step and the next."""
+        return step == self.plan.steps or step % self.args.eval_every == 0 or step % self.args.save_every == 0
+
+    def _settle(self) -> None:
+        """Wait for the step that is underway, if one is, and count it; stop if it was not finite."""
+        if self.underway is None:
+            return
+        (underway, begin), self.underway = self.underway, None
+        result = underway.wait()
         if not result.updated:
+            self.train_step.drop()
             self._end_not_finite(result, begin)
         state = self.state
         state.add_loss(result.loss)
         self.window_steps += 1
         if state.step % self.args.log_every == 0 or state.step in (1, self.plan.steps):
             self._log_step(result)
-        if not self.is_warm:
-            with self._time_out():
-                freeze_garbage()
-            self.is_warm = True
 
     def _log_step(self, result: StepResult) -> None:
-        self._count_time()
+        self._count_time(drain=False)  # it would be idle afterwards
         state, plan = self.state, self.plan
         seconds_per_step = self.window_seconds / self.window_steps
         speed = plan.total_batch_tokens / seconds_per_step
@@ -170,8 +188,8 @@ class Pretraining:
         self.accelerator.log(logged | {"train/tokens_per_second": speed}, step=state.step)
         self.window_steps, self.window_seconds = 0, 0.0
 
-    def _count_time(self) -> None:
-        seconds = self.clock.lap()
+    def _count_time(self, *, drain: bool = True) -> None:
+        seconds = self.clock.lap(drain=drain)
         self.state.train_seconds += seconds
         self.window_seconds += seconds
 
@@ -201,7 +219,9 @@ class Pretraining:
         if failed:
             self.writer.wait()  # raises, on the rank that writes
             self.ranks.end_together("")
-        if stop or late or self.state.step % self.args.save_every == 0:
+        if stop or late:
+            self._settle()
+        if stop or late or (self.underway is None and self.state.step % self.args.save_every == 0):
             self._save()
         if stop:
             raise StopRequested

@@ -68,9 +68,9 @@ class TrainingClock:
         """Begin to count now."""
         self._began = time.perf_counter()
 
-    def lap(self) -> float:
-        """Seconds since the last `lap` or `restart`, what the device has still to do included."""
-        if self.device.type == "cuda":
+    def lap(self, *, drain: bool = True) -> float:
+        """Seconds since the last `lap` or `restart`; with `drain`, what the device has still to do included."""
+        if drain and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         began = self._began
         self.restart()
