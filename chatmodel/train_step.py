@@ -140,7 +140,7 @@ class TrainStep:
         return self.begin_update(step).wait()
 
     def begin_update(self, step: int) -> StepUnderway:
-        """As `finish`, but waits for nothing: the next micro-batches can be on their way before one looks at the result.
+        """As `finish`, but waits for nothing: the next micro-batches can be under way before the result is looked at.
 
         After a step that was not finite the weights are the old ones, whatever is accumulated meanwhile.
         """
