@@ -31,9 +31,13 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         total = hidden.new_zeros((), dtype=torch.float32)
         cross_entropy = _fused_cross_entropy if hidden.is_cuda else _plain_cross_entropy
-        for begin in range(0, hidden.shape[0], chunk_size):
+        positions = hidden.shape[0]
+        # One place for all chunks: a new one would be asked for while the last one's gradient is still held.
+        place = hidden.new_empty(min(chunk_size, positions), matrix.shape[0])
+        for begin in range(0, positions, chunk_size):
             rows = slice(begin, begin + chunk_size)
-            nats, gradient = cross_entropy(hidden[rows] @ matrix.T, targets[rows], cap, needs_gradient)
+            logits = torch.mm(hidden[rows], matrix.T, out=place[: positions - begin])
+            nats, gradient = cross_entropy(logits, targets[rows], cap, needs_gradient)
             total += nats.sum()
             if grad_hidden is not None and grad_weight is not None and gradient is not None:
                 torch.mm(gradient, matrix, out=grad_hidden[rows])

@@ -9,7 +9,7 @@ from conftest import make_model
 
 from chatmodel.attention import CANDIDATES, AttentionShape, try_attention, works_here
 from chatmodel.fused_mlp import fused_mlp, plain_mlp
-from chatmodel.losses import LanguageModelLoss, _plain_cross_entropy
+from chatmodel.losses import LanguageModelLoss, SoftcappedCrossEntropy, _plain_cross_entropy
 from chatmodel.optim.groups import build_optimizer
 from chatmodel.optim.schedule import apply_schedule
 from chatmodel.scaling import plan_run
@@ -46,6 +46,17 @@ def test_the_loss_module_agrees_with_the_model():
     torch.testing.assert_close(loss, expected, atol=2e-3, rtol=1e-3)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=2e-3, rtol=2e-2)
+
+
+def test_the_loss_holds_the_logits_of_one_chunk():
+    hidden = torch.randn(8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(32768, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(32768, (8192,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    SoftcappedCrossEntropy.apply(hidden, weight, targets, 15.0, 2048)
+    chunk, gradients = 2048 * 32768 * 2, 4 * weight.numel() + 2 * hidden.numel()
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * chunk + gradients
 
 
 @pytest.mark.parametrize("documents_apart", [False, True])
