@@ -1,7 +1,7 @@
 """What one dial decides: from `depth`, every size, batch, learning rate and cost of a pretraining run."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from chatmodel.model import GPTConfig
@@ -113,6 +113,7 @@ def plan_run(
     max_steps: int | None = None,
     total_batch_tokens: int | None = None,
     window_pattern: str | None = None,
+    decay_fraction: float = 1.0,
 ) -> RunPlan:
     """Derive a run from its depth. None means: as the recipe has it.
 
@@ -120,6 +121,7 @@ def plan_run(
         tokens_per_parameter: training tokens for each counted parameter: matrices and head for "chatmodel" (12), all
             parameters for "seed" (20).
         train_tokens: overrides that product. max_steps: overrides the number of steps, and so the tokens.
+        decay_fraction: factor on every weight decay; the recipe's are tuned on text that is read once.
 
     Raises:
         UserError: a value that no run can have.
@@ -141,6 +143,8 @@ def plan_run(
     for name, value in numbers.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{name}={value} must be greater than 0")
+    if not (decay_fraction >= 0 and math.isfinite(decay_fraction)):
+        raise UserError(f"decay_fraction={decay_fraction} must be 0 or more")
     if recipe not in RECIPES:
         raise UserError(f"recipe={recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
     if total_batch_tokens is not None and total_batch_tokens % sequence_length:
@@ -167,6 +171,7 @@ def plan_run(
     width = config.hidden_size
     flops_per_token = count_flops_per_token(config, sequence_length)
     base, groups = _seed_groups(width) if seed else _chatmodel_groups(width, batch, tokens)
+    groups = {name: replace(group, weight_decay=decay_fraction * group.weight_decay) for name, group in groups.items()}
     return RunPlan(
         recipe=recipe,
         depth=depth,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,12 +76,21 @@ def test_flops_count_windows():
         {"total_batch_tokens": 100},
         {"recipe": "best"},
         {"train_tokens": 5},
+        {"decay_fraction": -1.0},
+        {"decay_fraction": float("inf")},
     ],
 )
 def test_impossible_values_are_refused_by_name(wrong):
     values = {"depth": 4, "vocab_size": 512, "sequence_length": 64, **wrong}
     with pytest.raises(UserError, match=next(iter(wrong))):
         plan_run(values.pop("depth"), **values)
+
+
+def test_one_factor_is_on_every_decay_and_on_nothing_else():
+    planned, more = (plan_run(4, vocab_size=512, decay_fraction=fraction) for fraction in (1.0, 3.0))
+    for name, group in planned.groups.items():
+        assert more.groups[name] == replace(group, weight_decay=pytest.approx(3 * group.weight_decay))
+    assert replace(more, groups=planned.groups) == planned
 
 
 def test_batch_must_divide():

@@ -42,6 +42,10 @@ class PretrainArguments:
         default=False, metadata={"help": "Find the most rows a device can hold at once, by trying; same total batch."}
     )
     lr_fraction: float = field(default=1.0, metadata={"help": "Factor on every planned learning rate."})
+    decay_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Factor on every planned weight decay: more for text that is read several times."},
+    )
     packing: str = field(
         default="best_fit_whole",
         metadata={"help": "Rows: best_fit_whole (long documents continue), best_fit (cropped) or contiguous."},
@@ -96,6 +100,7 @@ class PretrainArguments:
             max_steps=self.max_steps,
             total_batch_tokens=self.total_batch_tokens,
             window_pattern=self.window_pattern,
+            decay_fraction=self.decay_fraction,
         )
 
 
