@@ -44,7 +44,7 @@ class PretrainArguments:
     lr_fraction: float = field(default=1.0, metadata={"help": "Factor on every planned learning rate."})
     decay_fraction: float = field(
         default=1.0,
-        metadata={"help": "Factor on every planned weight decay: more for text that is read several times."},
+        metadata={"help": "Factor on every planned weight decay: more for text read several times."},
     )
     packing: str = field(
         default="best_fit_whole",
