@@ -115,7 +115,7 @@ def work_elastically(run, text):
     torch.set_num_threads(1)
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if restarts == int(os.environ["RANK"]):
-        patch(TrainStep, "finish", 6)
+        patch(TrainStep, "begin_update", 6)
     join_ranks(timeout=60.0)
     train_and_save(run, text, max_steps=16)
 
@@ -148,14 +148,14 @@ def test_torchrun_restarts_two_ranks_and_nothing_is_lost(first, text, tmp_path):
 
 def train_with_trouble(trouble, run, text, *, step, rank=None, **changes):
     """Train; in one step something happens to one rank, or to all."""
-    finish = TrainStep.finish
+    begin_update = TrainStep.begin_update
 
-    def finish_with_trouble(self, number):
+    def begin_with_trouble(self, number):
         if number == step and rank in (None, self.accelerator.process_index):
             trouble(self)
-        return finish(self, number)
+        return begin_update(self, number)
 
-    TrainStep.finish = finish_with_trouble
+    TrainStep.begin_update = begin_with_trouble
     train_and_save(run, text, **changes)
 
 
