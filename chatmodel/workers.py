@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -78,7 +78,7 @@ def _do_work(item: Any) -> Any:
 
 def run_in_order(
     items: Iterable[T], submit: Callable[[T], "Future[R]"], *, ahead: int
-) -> Iterator[tuple[T, "Future[R]"]]:
+) -> Generator[tuple[T, "Future[R]"], None, None]:
     """Submit items, `ahead` of them before the first is waited for; gives each with its future, in their order.
 
     If `items` fails, that is raised after what came before it was given. What is left is cancelled.

@@ -116,21 +116,16 @@ def run_variant(
     length = plan.sequence_length
     rows = PackedRows(store, sequence_length=length, packing=packing, seed=seed, documents_apart=apart)
     losses: list[float] = []
-    underway = None
+    untimed = min(3, plan.steps - 1)
+    began = time.perf_counter()
     with Loader(rows, batch_size=args.device_batch_size, device=accelerator.device, timeout=60) as loader:
-        for index in range(plan.steps):
-            if index == min(3, plan.steps - 1):
+        for index, result in enumerate(take_steps(step, loader, plan.steps)):
+            if not result.updated:
+                return {"failed": f"loss {result.loss}, gradient {result.gradient_norm} at step {index}"}
+            losses.append(result.loss)
+            if index + 1 == untimed:
                 began = time.perf_counter()
-            for _ in range(step.accumulation):
-                step.accumulate(loader.take())
-            if underway is not None and not keep_loss(underway.wait(), losses):
-                return {"failed": f"loss or gradient not finite at step {index - 1}"}
-            underway = step.begin_update(index)
-        assert underway is not None
-        if not keep_loss(underway.wait(), losses):
-            return {"failed": f"loss or gradient not finite at step {plan.steps - 1}"}
-        timed = plan.steps - min(3, plan.steps - 1)
-        seconds = (time.perf_counter() - began) * plan.steps / timed
+        seconds = (time.perf_counter() - began) * plan.steps / (plan.steps - untimed)
     with step.evaluating() as evaluated:
         bpb = document_bits_per_byte(
             evaluated,
@@ -152,11 +147,17 @@ def run_variant(
     }
 
 
-def keep_loss(result: StepResult, losses: list[float]) -> bool:
-    """Whether the step was finite; then its loss is one more of `losses`."""
-    if result.updated:
-        losses.append(result.loss)
-    return result.updated
+def take_steps(step: TrainStep, loader: Loader, steps: int) -> Iterator[StepResult]:
+    """What each step found; as in pretraining, it is looked at behind the next one's micro-batches."""
+    underway = None
+    for index in range(steps):
+        for _ in range(step.accumulation):
+            step.accumulate(loader.take())
+        if underway is not None:
+            yield underway.wait()
+        underway = step.begin_update(index)
+    if underway is not None:
+        yield underway.wait()
 
 
 def validation_documents(args: argparse.Namespace) -> Iterator[list[int]]:

@@ -117,8 +117,11 @@ def open_workers(encoder: Encoder, *, num_workers: int | None, total_bytes: int)
         return encoder.encode(piece.texts)
 
     if number == 1 or total_bytes < MIN_PROCESS_BYTES or sys.platform != "linux":
-        with ThreadPoolExecutor(number) as pool:
+        pool = ThreadPoolExecutor(number)
+        try:
             yield lambda piece: pool.submit(encode, piece), number
+        finally:
+            pool.shutdown(cancel_futures=True)
     else:
         with open_processes(encode, number, doing="encodes text") as submit:
             yield submit, number

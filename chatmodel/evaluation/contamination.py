@@ -6,9 +6,8 @@ are. Sources: GPT-3, arXiv 2005.14165, appendix C (13-grams); PaLM, arXiv 2204.0
 
 import re
 import threading
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from chatmodel.evaluation.chat_tasks import BASELINES, ChatExample, load_chat_ex
 from chatmodel.evaluation.core_tasks import CoreTask, load_core_tasks
 from chatmodel.evaluation.ngrams import Hashes, Numbers, hash_ngrams, hash_words, write_ngram
 from chatmodel.evaluation.statistics import binomial_stderr, pack_decisions, unpack_decisions
+from chatmodel.workers import run_in_order
 
 # Characters hashed at a time: temporary arrays take about forty bytes each.
 BATCH_CHARS = 2_000_000
@@ -162,15 +162,12 @@ def scan_texts(texts: Iterable[str], indices: Sequence[NgramIndex], *, num_worke
             index.count(hash_ngrams(words, index.n).hashes)
         return len(words.hashes)
 
-    pending: deque[Future[int]] = deque()
     with ThreadPoolExecutor(num_workers) as pool:
-        for batch in cut_texts(texts, num_chars=BATCH_CHARS):
+        batches = cut_texts(texts, num_chars=BATCH_CHARS)
+        for batch, words in run_in_order(batches, lambda batch: pool.submit(work, batch), ahead=2 * num_workers):
             totals["documents"] += len(batch)
             totals["chars"] += sum(map(len, batch))
-            pending.append(pool.submit(work, batch))
-            if len(pending) > 2 * num_workers:
-                totals["words"] += pending.popleft().result()
-        totals["words"] += sum(future.result() for future in pending)
+            totals["words"] += words.result()
     return totals
 
 

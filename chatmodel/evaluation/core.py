@@ -3,7 +3,8 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from chatmodel.evaluation.progress import WorkProgress
 from chatmodel.evaluation.scoring import Score, get_device, get_rank, share_decisions
 from chatmodel.evaluation.statistics import center_accuracy, log_task, summarize_score, summarize_task
 from chatmodel.runtime import logger
+from chatmodel.workers import run_in_order
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -218,18 +220,12 @@ def _collect(chunk: Chunk, pending: Pending) -> Iterator[list[Score]]:
 
 def prepare_ahead(prepare: Callable[[T], R], places: Iterable[T]) -> Iterator[R]:
     """`prepare` of each place, in order; a thread does it for the next ones meanwhile."""
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            for place in places:
-                waiting.append(pool.submit(prepare, place))
-                if len(waiting) > CHUNKS_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        closing(run_in_order(places, lambda place: pool.submit(prepare, place), ahead=CHUNKS_AHEAD)) as prepared,
+    ):
+        for _, future in prepared:
+            yield future.result()
 
 
 def is_right(kind: str, scores: list[Score], gold: int | None) -> bool:

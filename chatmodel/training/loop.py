@@ -116,8 +116,8 @@ class Pretraining:
         """Each measurement comes after a checkpoint: should it fail or be stopped, no step is lost."""
         self.clock.restart()
         while True:
-            step, is_last = self.state.step, self.state.step == self.plan.steps
-            if self.underway is None and (is_last or step % self.args.eval_every == 0):
+            is_last = self.state.step == self.plan.steps
+            if self.underway is None and self._measures_after(self.state.step):
                 self._save()
                 self._measure(is_last=is_last)
             if is_last:
@@ -132,16 +132,19 @@ class Pretraining:
         # Only now is the step before looked at, so that the device does not wait for this process in between.
         self._settle()
         self.underway = self.train_step.begin_update(self.state.step), begin
-        if self.underway[0].is_known or not self.is_warm or self._is_due(self.state.step + 1):
+        step = self.state.step + 1
+        if self.underway[0].is_known or not self.is_warm or self._measures_after(step) or self._saves_after(step):
             self._settle()
         if not self.is_warm:
             with self._time_out():
                 freeze_garbage()
             self.is_warm = True
 
-    def _is_due(self, step: int) -> bool:
-        """Whether the schedule has something to do between this step and the next."""
-        return step == self.plan.steps or step % self.args.eval_every == 0 or step % self.args.save_every == 0
+    def _measures_after(self, step: int) -> bool:
+        return step == self.plan.steps or step % self.args.eval_every == 0
+
+    def _saves_after(self, step: int) -> bool:
+        return step % self.args.save_every == 0
 
     def _settle(self) -> None:
         """Wait for the step that is underway, if one is, and count it; stop if it was not finite."""
@@ -221,7 +224,7 @@ class Pretraining:
             self.ranks.end_together("")
         if stop or late:
             self._settle()
-        if stop or late or (self.underway is None and self.state.step % self.args.save_every == 0):
+        if stop or late or (self.underway is None and self._saves_after(self.state.step)):
             self._save()
         if stop:
             raise StopRequested
