@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from chatmodel.attention_kernels import (
     attend_dense,
     attend_documents_dense,
     attend_documents_flash_2,
+    attend_documents_flash_3,
     attend_documents_flash_4,
     attend_flash_2,
     attend_flash_3,
@@ -26,6 +26,7 @@ from chatmodel.attention_kernels import (
     attend_flex,
     prepare_block_mask,
 )
+from chatmodel.devices import time_repeated
 from chatmodel.runtime import logger
 
 TRAINING_ATTENTION = "chatmodel_training"  # the name Transformers knows it by
@@ -51,7 +52,13 @@ CANDIDATES = (
     Candidate("flash_attention_2", attend_flash_2, "cuda", attend_documents=attend_documents_flash_2),
     Candidate("cudnn", attend_cudnn, "cuda"),
     Candidate("flex", attend_flex, "cuda", compiled=True),
-    Candidate("flash_attention_3", attend_flash_3, "cuda", package="flash_attn_interface"),
+    Candidate(
+        "flash_attention_3",
+        attend_flash_3,
+        "cuda",
+        package="flash_attn_interface",
+        attend_documents=attend_documents_flash_3,
+    ),
     Candidate(
         "flash_attention_4",
         attend_flash_4,
@@ -123,9 +130,10 @@ def _attend_some_documents(
     scaling: float,
     window: int | None,
 ) -> torch.Tensor:
-    """With four documents a row, as a trial."""
+    """With four documents a row, as a trial, and two that are empty behind them, as a batch's room may be."""
     batch, _, length, _ = query.shape
     starts = torch.arange(0, batch * length + 1, max(1, length // 4), device=query.device, dtype=torch.int32)
+    starts = torch.cat((starts, starts.new_full((2,), batch * length)))
     return attend(query, key, value, scaling, window, starts)
 
 
@@ -161,25 +169,18 @@ def _measure_error(attend: Any, shape: AttentionShape, device: torch.device, dty
     return max(float((got.float() - true).norm() / true.norm()) for got, true in pairs)
 
 
-def _measure_milliseconds(
-    attend: Any, shape: AttentionShape, device: torch.device, dtype: torch.dtype, repeats: int = 5
-) -> float:
+def _measure_milliseconds(attend: Any, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> float:
+    """Of forward and backward, as in a step: a GPU has the next call's work before it has done this one's.
+
+    Some kernels take the host long to start, which training hides.
+    """
     *states, gradient = _random_states(shape, device, dtype)
     leaves = [tensor.requires_grad_() for tensor in states]
-    times = []
-    for _ in range(repeats + 2):
-        _synchronize(device)
-        began = time.perf_counter()
-        output = attend(*leaves, shape.head_dim**-0.5, shape.window)
-        torch.autograd.grad(output, leaves, gradient)
-        _synchronize(device)
-        times.append(time.perf_counter() - began)
-    return 1000 * sorted(times[2:])[repeats // 2]
 
+    def work() -> None:
+        torch.autograd.grad(attend(*leaves, shape.head_dim**-0.5, shape.window), leaves, gradient)
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 1000 * time_repeated(work, device)
 
 
 class TrainingAttention:

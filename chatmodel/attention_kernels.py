@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from chatmodel.flash_attention import flash_attention
+
 # query, key, value, all (B, heads, T, head_dim), causal; scaling; window, the keys a query sees, or None for all.
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int | None], torch.Tensor]
+States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # The same, and where documents start (`chatmodel.data.rows`): no query sees keys of a document before its own.
 DocumentAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int | None, torch.Tensor], torch.Tensor]
 
@@ -77,24 +80,20 @@ def attend_flash_2(
 def attend_flash_3(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
 ) -> torch.Tensor:
-    """Causal attention by FlashAttention 3, built from source (Hopper)."""
-    from flash_attn_interface import flash_attn_func
-
-    states = (states.transpose(1, 2) for states in (query, key, value))
-    left = -1 if window is None else window - 1
-    output = flash_attn_func(*states, softmax_scale=scaling, causal=True, window_size=(left, 0 if window else -1))
-    output = output[0] if isinstance(output, tuple) else output
-    return output.transpose(1, 2)
+    """Causal attention by FlashAttention 3, package flash_attn_3 (Hopper)."""
+    return _run_flash_package(3, (query, key, value), scaling, window)
 
 
 def attend_flash_4(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
 ) -> torch.Tensor:
-    """Causal attention by FlashAttention 4, `pip install flash-attn-4` (Hopper, Blackwell)."""
-    # The package is optional and makes its kernels at run time.
-    from chatmodel.flash_attention_4 import flash_attention_4
+    """Causal attention by FlashAttention 4, package flash-attn-4 (Hopper, Blackwell)."""
+    return _run_flash_package(4, (query, key, value), scaling, window)
 
-    output, _ = flash_attention_4(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling, window)
+
+def _run_flash_package(version: int, states: States, scaling: float, window: int | None) -> torch.Tensor:
+    query, key, value = (part.transpose(1, 2) for part in states)
+    output, _ = flash_attention(query, key, value, None, query.shape[1], scaling, window, version)
     return output.transpose(1, 2)
 
 
@@ -154,7 +153,7 @@ def attend_documents_flash_2(
 
 
 def _run_flash_2(
-    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    states: States,
     document_starts: torch.Tensor | None,
     longest: int,
     scaling: float,
@@ -177,6 +176,18 @@ def _run_flash_2(
     return output
 
 
+def attend_documents_flash_3(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    document_starts: torch.Tensor,
+) -> torch.Tensor:
+    """`attend_flash_3` within documents."""
+    return _run_flash_package_within(3, (query, key, value), scaling, window, document_starts)
+
+
 def attend_documents_flash_4(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -186,12 +197,15 @@ def attend_documents_flash_4(
     document_starts: torch.Tensor,
 ) -> torch.Tensor:
     """`attend_flash_4` within documents."""
-    # The package is optional and makes its kernels at run time.
-    from chatmodel.flash_attention_4 import flash_attention_4_documents
+    return _run_flash_package_within(4, (query, key, value), scaling, window, document_starts)
 
-    batch, _, length, _ = query.shape
-    states = (_join_rows(states) for states in (query, key, value))
-    output, _ = flash_attention_4_documents(*states, document_starts, length, scaling, window)
+
+def _run_flash_package_within(
+    version: int, states: States, scaling: float, window: int | None, document_starts: torch.Tensor
+) -> torch.Tensor:
+    batch, _, length, _ = states[0].shape
+    query, key, value = (_join_rows(part) for part in states)
+    output, _ = flash_attention(query, key, value, document_starts, length, scaling, window, version)
     return _part_rows(output, batch)
 
 

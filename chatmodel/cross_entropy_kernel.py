@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 4096  # logits a program holds at a time; the second pass over a row finds it in the L2 cache
+BLOCK = 4096  # logits a program holds at a time
+WARPS = 16
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
@@ -18,10 +19,17 @@ def _tanh(x):
 
 
 @triton.jit
-def _load(pointer, index, vocab_size, EVEN: tl.constexpr):
+def _exp2(x):
+    # `tl.exp2` also works where the result is too small for a normal number, with more instructions.
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _load(pointer, index, vocab_size, EVEN: tl.constexpr, EVICTION: tl.constexpr):
     if EVEN:
-        return tl.load(pointer + index).to(tl.float32)
-    return tl.load(pointer + index, mask=index < vocab_size, other=-float("inf")).to(tl.float32)
+        return tl.load(pointer + index, eviction_policy=EVICTION).to(tl.float32)
+    value = tl.load(pointer + index, mask=index < vocab_size, other=-float("inf"), eviction_policy=EVICTION)
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -36,50 +44,57 @@ def _cross_entropy(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of logits. Powers are taken of 2, as the hardware does: the logits are scaled by log2(e)."""
+    """One row of logits. Powers are taken of 2, as the hardware does: the logits are scaled by log2(e).
+
+    The second pass goes back from the row's end, whose logits are the likeliest to be in the L2 cache still.
+    """
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     logits_pointer += row.to(tl.int64) * vocab_size
     target = tl.load(targets_pointer + row)
+    scored = target >= 0
+    target_pointer = logits_pointer + tl.where(scored, target, 0)
     inverse_cap = 1.0 / cap
     scale = cap * LOG2_E if HAS_CAP else LOG2_E
-    top = scale if HAS_CAP else -float("inf")  # nothing exceeds the cap, so it does for the maximum
-    total = 0.0
-    for begin in range(0, vocab_size, BLOCK):
-        value = _load(logits_pointer, begin + columns, vocab_size, EVEN)
-        if HAS_CAP:
-            power = tl.exp2(_tanh(value * inverse_cap) * scale - top)
-            if not EVEN:
-                power = tl.where(begin + columns < vocab_size, power, 0.0)
-            total += tl.sum(power)
-        else:
-            higher = tl.maximum(top, tl.max(value) * scale)
-            total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(value * scale - higher))
-            top = higher
-    log_normalizer = tl.log2(total) + top
-    scored = target >= 0
-    at_target = tl.load(logits_pointer + tl.where(scored, target, 0)).to(tl.float32)
+    at_target = tl.load(target_pointer).to(tl.float32)  # before any gradient takes its place
+    slope = 1.0
     if HAS_CAP:
         at_target = _tanh(at_target * inverse_cap)
+        slope = 1.0 - at_target * at_target
+        powers = tl.zeros((BLOCK,), dtype=tl.float32)
+        for begin in range(0, vocab_size, BLOCK):
+            value = _load(logits_pointer, begin + columns, vocab_size, EVEN, "evict_last")
+            power = _exp2(_tanh(value * inverse_cap) * scale - scale)  # nothing exceeds the cap: it is the maximum
+            if not EVEN:
+                power = tl.where(begin + columns < vocab_size, power, 0.0)
+            powers += power
+        log_normalizer = tl.log2(tl.sum(powers)) + scale
+    else:
+        total, top = 0.0, -float("inf")
+        for begin in range(0, vocab_size, BLOCK):
+            value = _load(logits_pointer, begin + columns, vocab_size, EVEN, "evict_last")
+            higher = tl.maximum(top, tl.max(value) * scale)
+            total = total * _exp2(top - higher) + tl.sum(_exp2(value * scale - higher))
+            top = higher
+        log_normalizer = tl.log2(total) + top
     tl.store(nats_pointer + row, tl.where(scored, (log_normalizer - at_target * scale) * LN_2, 0.0))
     if WRITE_GRADIENT:
-        weight = tl.where(scored, 1.0, 0.0)
-        for begin in range(0, vocab_size, BLOCK):
-            index = begin + columns
-            value = _load(logits_pointer, index, vocab_size, EVEN)
+        shift = tl.where(scored, log_normalizer, float("inf"))  # where nothing is scored, every power is 0
+        dtype = logits_pointer.dtype.element_ty
+        for step in range(tl.cdiv(vocab_size, BLOCK)):
+            index = (tl.cdiv(vocab_size, BLOCK) - 1 - step) * BLOCK + columns
+            value = _load(logits_pointer, index, vocab_size, EVEN, "evict_first")
             if HAS_CAP:
                 squashed = _tanh(value * inverse_cap)
-                slope = weight - weight * squashed * squashed
-                gradient = tl.exp2(squashed * scale - log_normalizer) * slope
-                gradient -= tl.where(index == target, slope, 0.0)
+                gradient = _exp2(squashed * scale - shift) * (1.0 - squashed * squashed)
             else:
-                gradient = tl.exp2(value * scale - log_normalizer) * weight
-                gradient -= tl.where(index == target, weight, 0.0)
-            gradient = gradient.to(logits_pointer.dtype.element_ty)
+                gradient = _exp2(value * scale - shift)
             if EVEN:
-                tl.store(logits_pointer + index, gradient)
+                tl.store(logits_pointer + index, gradient.to(dtype), eviction_policy="evict_first")
             else:
-                tl.store(logits_pointer + index, gradient, mask=index < vocab_size)
+                tl.store(logits_pointer + index, gradient.to(dtype), mask=index < vocab_size)
+        tl.debug_barrier()  # other threads wrote there
+        tl.store(target_pointer, ((_exp2(at_target * scale - shift) - 1.0) * slope).to(dtype), mask=scored)
 
 
 def cross_entropy_in_place(
@@ -103,6 +118,6 @@ def cross_entropy_in_place(
         WRITE_GRADIENT=write_gradient,
         EVEN=vocab_size % BLOCK == 0,
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=WARPS,
     )
     return nats

@@ -1,12 +1,12 @@
 """The MLP of training with ReLU^2 inside its matrix products: what it computes, and whether it pays on this device."""
 
 import importlib.util
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from chatmodel.devices import time_repeated
 from chatmodel.runtime import logger
 
 TOLERANCE = 0.02  # relative error in bf16 that rounding explains
@@ -98,16 +98,9 @@ def _measure_error(width: int, inner: int, device: torch.device) -> float:
 
 
 def _measure_milliseconds(
-    function: Callable[..., torch.Tensor], rows: int, width: int, inner: int, device: torch.device, repeats: int = 7
+    function: Callable[..., torch.Tensor], rows: int, width: int, inner: int, device: torch.device
 ) -> float:
-    """Median of forward and backward."""
+    """Of forward and backward."""
     *parts, gradient = _random_parts(rows, width, inner, device)
     leaves = [part.requires_grad_() for part in parts]
-    times = []
-    for _ in range(repeats + 2):
-        torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        torch.autograd.grad(function(*leaves), leaves, gradient)
-        torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return 1000 * sorted(times[2:])[repeats // 2]
+    return 1000 * time_repeated(lambda: torch.autograd.grad(function(*leaves), leaves, gradient), device)

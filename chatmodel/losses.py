@@ -113,16 +113,25 @@ def _cap_logits(logits: torch.Tensor, cap: float | None) -> tuple[torch.Tensor, 
     return squashed * cap, 1 - squashed.square()
 
 
+def choose_chunk_tokens(vocab_size: int) -> int:
+    """Of how many positions the logits are held at a time.
+
+    Each chunk reads and writes the head's whole gradient once. Twice the positions made a step 1 % faster with 65,536
+    ids, where the head is a third of the work, and half of that with 32,768, for which the memory seems better kept.
+    """
+    return 8192 if vocab_size >= 2**16 else 4096
+
+
 class LanguageModelLoss(nn.Module):
     """The model with its training loss: the module that DDP, FSDP and compile wrap.
 
     Equal to the plain `GPTForCausalLM` loss (a test holds it to that), without its full logits.
     """
 
-    def __init__(self, model: Any, *, chunk_tokens: int = 4096) -> None:
+    def __init__(self, model: Any, *, chunk_tokens: int | None = None) -> None:
         super().__init__()
         self.model = model
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens or choose_chunk_tokens(model.config.vocab_size)
         self.compute_states: Callable[..., Any] = model.model.forward  # or that function, compiled
 
     def forward(

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from chatmodel.estimate.setup import Setup
+from chatmodel.losses import choose_chunk_tokens
 from chatmodel.model import GPTConfig
 from chatmodel.scaling import RunPlan, count_parameters
 
@@ -18,7 +19,6 @@ COMPILED_LAYER_VALUES, COMPILED_VALUES = 11, 8
 
 # Logits come in chunks of positions (chatmodel/losses.py). On CUDA one kernel turns them into their gradient in their
 # place; elsewhere there are fp32 copies before and after the cap, its slope, and the gradient.
-LOGIT_CHUNK = 4096
 PLAIN_LOGIT_BYTES = 20
 # Validation holds the logits of a whole batch, with the cap three times: before it, and two steps of it.
 VALIDATION_COPIES, VALIDATION_COPIES_CAPPED = 1, 3
@@ -62,7 +62,7 @@ def predict_memory(plan: RunPlan, setup: Setup) -> dict[str, int]:
         "gradients": plan.parameters * GRADIENT_BYTES // shares,
         "optimizer": _optimizer_bytes(plan, setup) // setup.num_devices,
         "activations": tokens * width * (layer * config.num_hidden_layers + once) * setup.value_bytes,
-        "logits": min(LOGIT_CHUNK, tokens) * vocabulary * logit_bytes,
+        "logits": min(choose_chunk_tokens(vocabulary), tokens) * vocabulary * logit_bytes,
         "head": vocabulary * width * VOCABULARY_GRADIENT_BYTES,
         "update": UPDATE_BYTES * stack // setup.num_devices,
         "validation": tokens * vocabulary * setup.value_bytes * copies,
