@@ -63,14 +63,16 @@ def build_beside(results: Results, others: Results, *, folder: str) -> Section:
 
 
 def describe_run(results: Results) -> str:
-    """Commit, GPU and day of a run, of the first stage that is finished."""
-    for result in results.values():
+    """Commit, GPU and day of a run's pretraining; the tokenizer may come from another machine. Else of another stage."""
+    pretraining = [results["base"]] if "base" in results else []
+    for result in (*pretraining, *results.values()):
         if result.record is not None:
             environment = pick(result.record, "environment")
             gpus = [str(pick(gpu, "name")) for gpu in pick_records(environment, "hardware", "gpus")]
             device = f"{len(gpus)}x {gpus[0]}" if gpus else "no GPU"
             day = str(pick(result.record, "started"))[:10]
-            return f"commit {pick(environment, 'git', 'commit')}, {device}, {day}"
+            commit = pick(environment, "git", "commit") or "unknown"  # a copy of the code without its history
+            return f"commit {commit}, {device}, {day}"
     return "nothing finished"
 
 
