@@ -11,6 +11,7 @@ import pytest
 from conftest import make_model
 from safetensors.torch import load_file
 from test_reinforcement import grpo
+from trl import GRPOConfig
 
 from chatmodel.checkpoint import save_model_folder
 from chatmodel.runs import Run
@@ -81,6 +82,18 @@ def test_a_task_and_a_mixture_are_too_much():
         arguments.check(None, {})
     assert grpo.RewardArguments().tasks() == [{"name": "GSM8K"}]
     assert grpo.RewardArguments(mixture=["Arithmetic"]).tasks() == ["Arithmetic"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [({}, False), ({"top_k": 50}, True), ({"top_p": 0.9}, True), ({"top_k": 50, "mode": "nanochat"}, False)],
+)
+def test_drawing_from_fewer_tokens_than_are_trained_is_said(tmp_path, caplog, settings, warned):
+    """Not of nanochat's mode, which stands for what nanochat does."""
+    mode = settings.pop("mode", "default")
+    training = GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+    grpo.RewardArguments(mode=mode).check(training, {})
+    assert ("What flows to the others is never drawn" in caplog.text) == warned
 
 
 @pytest.mark.long

@@ -67,6 +67,8 @@ class RewardArguments:
             raise UserError(f"pass_k={self.pass_k} must lie between 1 and pass_samples={self.pass_samples}")
         apply_mode(training, self.mode, asked)
         check_sampling(training)
+        if self.mode == "default":
+            warn_of_truncation(training)
 
 
 def apply_mode(training: Any, mode: str, asked: dict[str, Any]) -> None:
@@ -83,6 +85,18 @@ def apply_mode(training: Any, mode: str, asked: dict[str, Any]) -> None:
         if key in asked and asked[key] != value:
             raise UserError(f"mode=nanochat stands for {key}={value}, but {key}={asked[key]} was asked for; drop one")
         setattr(training, key, value)
+
+
+def warn_of_truncation(training: Any) -> None:
+    """Say what comes of drawing from fewer tokens than are trained."""
+    if training.top_k or training.top_p < 1:
+        logger.warning(
+            "top_k=%s, top_p=%s: completions are drawn from the likeliest tokens, but the probabilities of all are "
+            "trained. What flows to the others is never drawn, so nothing pushes it back: entropy rises, until little "
+            "is right. top_k=0 with top_p=1 draws from all",
+            training.top_k,
+            training.top_p,
+        )
 
 
 def check_sampling(training: Any) -> None:

@@ -63,7 +63,10 @@ def build_beside(results: Results, others: Results, *, folder: str) -> Section:
 
 
 def describe_run(results: Results) -> str:
-    """Commit, GPU and day of a run's pretraining; the tokenizer may come from another machine. Else of another stage."""
+    """Commit, GPU and day of a run's pretraining, or else of its first finished stage.
+
+    The tokenizer, which comes first, may have been made on another machine.
+    """
     pretraining = [results["base"]] if "base" in results else []
     for result in (*pretraining, *results.values()):
         if result.record is not None:
