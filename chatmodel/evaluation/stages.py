@@ -108,13 +108,7 @@ def evaluate_stage(
 def evaluate_base(
     args: EvalArguments, run: Run | None, model: Any, tokenizer: Any, batch_tokens: int, kept: KeptDecisions
 ) -> dict[str, Any]:
-    """Bits per byte, CORE and the sample prompts."""
-    bpb: dict[str, Any] = {
-        "not_run": "a model alone has no token stores",
-        "how": "give `--run_dir` and `--stage base`",
-    }
-    if run is not None:
-        bpb = measure_bits_per_byte(args, run, model, tokenizer, batch_tokens)
+    """CORE, bits per byte and the sample prompts; CORE first, which may be asked for in a way it has to refuse."""
     core = evaluate_core(
         model,
         tokenizer,
@@ -124,6 +118,12 @@ def evaluate_base(
         max_length=args.max_length or find_hard_limit(model),
         kept=kept,
     )
+    bpb: dict[str, Any] = {
+        "not_run": "a model alone has no token stores",
+        "how": "give `--run_dir` and `--stage base`",
+    }
+    if run is not None:
+        bpb = measure_bits_per_byte(args, run, model, tokenizer, batch_tokens)
     return {"bpb": bpb, "core": core, "samples": complete_sample_prompts(model, tokenizer)}
 
 
