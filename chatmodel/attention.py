@@ -180,7 +180,7 @@ def _measure_milliseconds(attend: Any, shape: AttentionShape, device: torch.devi
     def work() -> None:
         torch.autograd.grad(attend(*leaves, shape.head_dim**-0.5, shape.window), leaves, gradient)
 
-    return 1000 * time_repeated(work, device)
+    return 1000 * time_repeated(work, device, repeats=2)  # each start of a stage waits for this
 
 
 class TrainingAttention:

@@ -81,8 +81,9 @@ def _cross_entropy(
     if WRITE_GRADIENT:
         shift = tl.where(scored, log_normalizer, float("inf"))  # where nothing is scored, every power is 0
         dtype = logits_pointer.dtype.element_ty
-        for step in range(tl.cdiv(vocab_size, BLOCK)):
-            index = (tl.cdiv(vocab_size, BLOCK) - 1 - step) * BLOCK + columns
+        blocks = tl.cdiv(vocab_size, BLOCK)
+        for step in range(blocks):
+            index = (blocks - 1 - step) * BLOCK + columns
             value = _load(logits_pointer, index, vocab_size, EVEN, "evict_first")
             if HAS_CAP:
                 squashed = _tanh(value * inverse_cap)

@@ -123,15 +123,19 @@ def time_fastest(work: Callable[[], object], device: torch.device, *, repeats: i
     return min([time_call(work, device) for _ in range(repeats + 1)][1:])
 
 
-def time_repeated(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call among many: a GPU is waited for once, which takes it as long as a small product."""
+def time_repeated(work: Callable[[], object], device: torch.device, *, repeats: int = 5) -> float:
+    """Seconds of a call among many: a GPU is waited for once, which takes it as long as a small product.
+
+    Args:
+        repeats: as `time_fastest`.
+    """
     count = QUEUED_CALLS if device.type == "cuda" else 1
 
     def work_repeatedly() -> None:
         for _ in range(count):
             work()
 
-    return time_fastest(work_repeatedly, device) / count
+    return time_fastest(work_repeatedly, device, repeats=repeats) / count
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def _arguments(
     document_starts: torch.Tensor | None, longest: int, scaling: float, window: int | None
 ) -> dict[str, Any]:
     """What forward and backward of both packages call alike; they take a window for another kind than causal."""
-    arguments: dict[str, Any] = {"softmax_scale": scaling}
+    arguments: dict[str, Any] = {"softmax_scale": scaling, "causal": window is None}
     if window is not None:
         arguments |= {"window_size_left": window - 1, "window_size_right": 0}
     if document_starts is not None:
@@ -95,7 +95,7 @@ def _run_forward_3(states: States, arguments: dict[str, Any]) -> tuple[torch.Ten
     """Source: hopper/flash_attn_interface.py of Dao-AILab/flash-attention@0251105."""
     from flash_attn_interface import _flash_attn_forward
 
-    output, log_sum_exp, *_ = _flash_attn_forward(*states, causal="window_size_left" not in arguments, **arguments)
+    output, log_sum_exp, *_ = _flash_attn_forward(*states, **arguments)
     return output, log_sum_exp
 
 
@@ -109,7 +109,7 @@ def _run_backward_3(
     from flash_attn_interface import _flash_attn_backward
 
     query, key, value = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in states)
-    arguments = {"is_causal": "window_size_left" not in arguments, **arguments}
+    arguments = {"is_causal" if name == "causal" else name: value for name, value in arguments.items()}
     _flash_attn_backward(gradient, *states, output, log_sum_exp, dq=query, dk=key, dv=value, **arguments)
     return query, key, value
 
@@ -118,8 +118,7 @@ def _run_forward_4(states: States, arguments: dict[str, Any]) -> tuple[torch.Ten
     """Source: the interface of flash-attn-4 4.0.0b36; later results of its functions are not looked at."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    causal = "window_size_left" not in arguments
-    results = _flash_attn_fwd(*states, causal=causal, return_lse=True, **arguments)
+    results = _flash_attn_fwd(*states, return_lse=True, **arguments)
     return results[0], results[1]
 
 
@@ -132,6 +131,5 @@ def _run_backward_4(
 ) -> States:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    causal = "window_size_left" not in arguments
-    results = _flash_attn_bwd(*states, output, gradient, log_sum_exp, causal=causal, **arguments)
+    results = _flash_attn_bwd(*states, output, gradient, log_sum_exp, **arguments)
     return results[0], results[1], results[2]

@@ -85,12 +85,16 @@ def test_a_task_and_a_mixture_are_too_much():
 
 
 @pytest.mark.parametrize(
-    ("settings", "warned"),
-    [({}, False), ({"top_k": 50}, True), ({"top_p": 0.9}, True), ({"top_k": 50, "mode": "nanochat"}, False)],
+    ("mode", "settings", "warned"),
+    [
+        ("default", {}, False),
+        ("default", {"top_k": 50}, True),
+        ("default", {"top_p": 0.9}, True),
+        ("nanochat", {"top_k": 50}, False),
+    ],
 )
-def test_drawing_from_fewer_tokens_than_are_trained_is_said(tmp_path, caplog, settings, warned):
+def test_drawing_from_fewer_tokens_than_are_trained_is_said(tmp_path, caplog, mode, settings, warned):
     """Not of nanochat's mode, which stands for what nanochat does."""
-    mode = settings.pop("mode", "default")
     training = GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
     grpo.RewardArguments(mode=mode).check(training, {})
     assert ("What flows to the others is never drawn" in caplog.text) == warned

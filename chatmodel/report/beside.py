@@ -67,9 +67,9 @@ def describe_run(results: Results) -> str:
 
     The tokenizer, which comes first, may have been made on another machine.
     """
-    pretraining = [results["base"]] if "base" in results else []
-    for result in (*pretraining, *results.values()):
-        if result.record is not None:
+    for name in ("base", *results):
+        result = results.get(name)
+        if result is not None and result.record is not None:
             environment = pick(result.record, "environment")
             gpus = [str(pick(gpu, "name")) for gpu in pick_records(environment, "hardware", "gpus")]
             device = f"{len(gpus)}x {gpus[0]}" if gpus else "no GPU"
