@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chatmodel.attention_kernels import (
+from chatmodel.devices import time_repeated
+from chatmodel.kernels.attention import (
     Attention,
     DocumentAttention,
     attend_blocks,
@@ -26,7 +27,6 @@ from chatmodel.attention_kernels import (
     attend_flex,
     prepare_block_mask,
 )
-from chatmodel.devices import time_repeated
 from chatmodel.runtime import logger
 
 TRAINING_ATTENTION = "chatmodel_training"  # the name Transformers knows it by

@@ -12,7 +12,7 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
 
     The gradients are computed together with the loss, chunk by chunk, so that one chunk's logits, in the dtype of
     `hidden`, are all that is ever held, instead of all positions' in fp32 several times over. On CUDA the step from
-    logits to gradient is one kernel (`cross_entropy_kernel`).
+    logits to gradient is one kernel (`chatmodel.kernels.cross_entropy`).
     """
 
     @staticmethod
@@ -80,7 +80,7 @@ def _fused_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Nats (N,) and the gradient for `logits` (N, V) before the cap, which takes their place."""
     # Triton comes with PyTorch's CUDA builds only.
-    from chatmodel.cross_entropy_kernel import cross_entropy_in_place
+    from chatmodel.kernels.cross_entropy import cross_entropy_in_place
 
     nats = cross_entropy_in_place(logits, targets, cap, write_gradient=needs_gradient)
     return nats, logits if needs_gradient else None

@@ -12,8 +12,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from chatmodel.attention import TRAINING_ATTENTION, AttentionShape, choose_attention, use_attention, works_here
-from chatmodel.fp8 import build_fp8_converter, check_fp8
-from chatmodel.fused_mlp import fused_mlp_pays
+from chatmodel.kernels.fp8 import build_fp8_converter, check_fp8
+from chatmodel.kernels.mlp import fused_mlp_pays
 from chatmodel.losses import LanguageModelLoss
 from chatmodel.model import GPTConfig, GPTForCausalLM
 from chatmodel.optim.groups import build_optimizer

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chatmodel.fused_mlp import fused_mlp
+from chatmodel.kernels.mlp import fused_mlp
 
 ConvertLinear = Callable[[nn.Linear], nn.Linear]
 Swap = tuple[nn.Module, str, nn.Module]  # the module that owns a part, the part's name, what takes its place
@@ -329,8 +329,8 @@ class TrainingLayers:
     """The parts of a model that training exchanges; `install` puts them in, `remove` puts the model's own back.
 
     Args:
-        fuse_mlp: ReLU^2 within the products of the MLP (`chatmodel.fused_mlp`).
-        convert: makes the linear layers of attention and MLP others that share their weights (`chatmodel.fp8`).
+        fuse_mlp: ReLU^2 within the products of the MLP (`chatmodel.kernels.mlp`).
+        convert: makes the linear layers of attention and MLP others that share their weights (`kernels.fp8`).
     """
 
     def __init__(

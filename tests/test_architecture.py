@@ -9,13 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "chatmodel"
 LAYERS = [  # lowest first
-    {"model", "runtime", "execution", "flash_attention", "relu_squared_kernel", "vllm_plugin"},
-    {
-        *("runs", "scaling", "tokenizer", "devices", "workers"),
-        *("attention_kernels", "cross_entropy_kernel", "fp8"),
-    },
-    {"fused_mlp"},
-    {"data", "optim", "tokenizer_comparison", "losses", "attention", "training_layers"},
+    {"model", "runtime", "execution", "vllm_plugin"},
+    {"runs", "scaling", "tokenizer", "devices", "workers"},
+    {"kernels", "data", "optim", "tokenizer_comparison"},
+    {"losses", "attention", "training_layers"},
     {"conversations", "checkpoint", "train_step", "decoding"},
     {"estimate", "probes", "generation", "rewards", "posttraining", "preferences", "export"},
     {"evaluation", "rollouts", "chat"},

@@ -10,7 +10,7 @@ from chatmodel.attention import (
     try_attention,
     use_attention,
 )
-from chatmodel.attention_kernels import attend_blocks, attend_dense, attend_documents_dense
+from chatmodel.kernels.attention import attend_blocks, attend_dense, attend_documents_dense
 
 CPU = torch.device("cpu")
 

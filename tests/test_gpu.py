@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from conftest import make_model
 
 from chatmodel.attention import CANDIDATES, AttentionShape, try_attention, works_here
-from chatmodel.fused_mlp import fused_mlp, plain_mlp
+from chatmodel.kernels.mlp import fused_mlp, plain_mlp
 from chatmodel.losses import LanguageModelLoss, SoftcappedCrossEntropy, _plain_cross_entropy
 from chatmodel.optim.groups import build_optimizer
 from chatmodel.optim.schedule import apply_schedule
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("vocab_size", [500, 4096, 5000, 32768, 65536])
 @pytest.mark.parametrize("cap", [15.0, None])
 def test_the_fused_cross_entropy_is_the_plain_one(vocab_size, cap):
-    from chatmodel.cross_entropy_kernel import cross_entropy_in_place
+    from chatmodel.kernels.cross_entropy import cross_entropy_in_place
 
     torch.manual_seed(0)
     logits = 8 * torch.randn(64, vocab_size, device="cuda", dtype=torch.bfloat16)
@@ -167,12 +167,12 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def test_the_fused_mlp_is_the_plain_one():
-    from chatmodel import relu_squared_kernel
+    from chatmodel.kernels import relu_squared
 
     torch.manual_seed(0)
     states, gradient = (torch.randn(2, 500, 384, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     up, down = (torch.randn(n, m, device="cuda", dtype=torch.bfloat16) / m**0.5 for n, m in ((1000, 384), (384, 1000)))
-    assert relu_squared_kernel.UP_TILING.rows > 1
+    assert relu_squared.UP_TILING.rows > 1
     results = []
     for function, dtype in ((fused_mlp, torch.bfloat16), (plain_mlp, torch.float32)):
         leaves = [part.to(dtype).requires_grad_() for part in (states, up, down)]
@@ -183,7 +183,7 @@ def test_the_fused_mlp_is_the_plain_one():
 
 
 def test_a_compiled_step_with_the_fused_mlp_has_the_gradients_of_the_model(monkeypatch):
-    import chatmodel.relu_squared_kernel  # noqa: F401  registers the operations
+    import chatmodel.kernels.relu_squared  # noqa: F401  registers the operations
 
     monkeypatch.setattr("chatmodel.train_step.fused_mlp_pays", lambda **sizes: True)
     check_compiled_step("sdpa", "sdpa")

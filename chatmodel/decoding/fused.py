@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from chatmodel.attention_kernels import attend_flash_2
 from chatmodel.decoding import kernels, plain
 from chatmodel.decoding.state import DecodingState
 from chatmodel.decoding.weights import DecoderWeights, LayerWeights, Scales
+from chatmodel.kernels.attention import attend_flash_2
 
 KEYS_AT_ONCE = 32  # of a program of `attend_kernel`
 MOST_PARTS = 32  # that a head's keys are divided into

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from chatmodel.attention_kernels import attend_blocks, attend_dense
 from chatmodel.decoding.state import LayerCache
 from chatmodel.decoding.weights import DecoderWeights, LayerWeights, Scales
+from chatmodel.kernels.attention import attend_blocks, attend_dense
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 

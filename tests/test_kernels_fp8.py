@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 from torch import nn
 
-from chatmodel.fp8 import build_fp8_converter, check_fp8
+from chatmodel.kernels.fp8 import build_fp8_converter, check_fp8
 from chatmodel.runtime import UserError
 from chatmodel.training_layers import TrainingLayers
 
@@ -75,6 +75,6 @@ def test_where_it_is_not_refused(monkeypatch):
 
 
 def test_without_the_package(monkeypatch):
-    monkeypatch.setattr("chatmodel.fp8.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("chatmodel.kernels.fp8.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
         check_fp8(torch.device("cuda"), compiled=True, divided=False)

@@ -57,7 +57,7 @@ def fused_mlp_pays(*, rows: int, width: int, inner: int, device: torch.device, d
         return False
     try:
         # Registers the operations; Triton comes with PyTorch's CUDA builds only.
-        import chatmodel.relu_squared_kernel  # noqa: F401
+        import chatmodel.kernels.relu_squared  # noqa: F401
 
         error = _measure_error(width, inner, device)
         if not error <= TOLERANCE:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from chatmodel.flash_attention import flash_attention
+from chatmodel.kernels.flash_attention import flash_attention
 
 # query, key, value, all (B, heads, T, head_dim), causal; scaling; window, the keys a query sees, or None for all.
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int | None], torch.Tensor]

@@ -6,8 +6,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from chatmodel import flash_attention
-from chatmodel.attention_kernels import attend_dense, attend_documents_dense
+from chatmodel.kernels import flash_attention
+from chatmodel.kernels.attention import attend_dense, attend_documents_dense
 
 BATCH, HEADS, LENGTH, WIDTH, SCALING = 2, 3, 24, 8, 0.3
 STARTS = torch.tensor([0, 5, 24, 30, 48, 48, 48], dtype=torch.int32)  # the last two documents are empty
