@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
 from chatmodel.checkpoint import MANIFEST, find_damage, load_model, save_model_folder, seal_folder
@@ -26,6 +27,27 @@ def load_stage_model(folder: Path) -> tuple[Any, Any]:
     model = load_model(folder, dtype=torch.float32)
     model.config.calculator = calculator_table(tokenizer)
     return model, tokenizer
+
+
+def describe_adapter(rank: int, *, scale: float) -> LoraConfig:
+    """PEFT's description of a LoRA beside all matrices of the layers; `scale` is its alpha over its rank.
+
+    PEFT finds these matrices by the model's type (`chatmodel.LORA_TARGETS`).
+
+    Raises:
+        UserError: a rank or scale that would not train.
+    """
+    if rank < 1:
+        raise UserError(f"lora_rank={rank} must be at least 1; leave it out to train all weights")
+    if not scale > 0:
+        raise UserError(f"lora_scale={scale} must be greater than 0")
+    return LoraConfig(r=rank, lora_alpha=scale * rank, task_type="CAUSAL_LM")
+
+
+def save_adapter(trainer: Any, folder: Path, base_folder: Path) -> Any:
+    """Write a Trainer's adapter to `folder`; returns the model of `base_folder` with it merged in, in fp32."""
+    trainer.save_model(str(folder))
+    return PeftModel.from_pretrained(load_stage_model(base_folder)[0], folder).merge_and_unload()
 
 
 def build_stage_optimizer(model: Any, base_folder: Path, *, lr_fraction: float) -> MuonAdamW:

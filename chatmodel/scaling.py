@@ -130,19 +130,16 @@ def plan_run(
     the batch, rates and decay taken at the tokens that will really be trained on, a batch four times smaller, and
     rates that fall more slowly with it.
     """
-    numbers = {
-        "depth": depth,
-        "vocab_size": vocab_size,
-        "sequence_length": sequence_length,
-        "head_dim": head_dim,
-        "tokens_per_parameter": tokens_per_parameter,
-        "train_tokens": train_tokens,
-        "max_steps": max_steps,
-        "total_batch_tokens": total_batch_tokens,
-    }
-    for name, value in numbers.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{name}={value} must be greater than 0")
+    check_positive(
+        depth=depth,
+        vocab_size=vocab_size,
+        sequence_length=sequence_length,
+        head_dim=head_dim,
+        tokens_per_parameter=tokens_per_parameter,
+        train_tokens=train_tokens,
+        max_steps=max_steps,
+        total_batch_tokens=total_batch_tokens,
+    )
     if not (decay_fraction >= 0 and math.isfinite(decay_fraction)):
         raise UserError(f"decay_fraction={decay_fraction} must be 0 or more")
     if recipe not in RECIPES:
@@ -191,6 +188,17 @@ def plan_run(
         normalize_updates=not seed,
         grad_clip=1.0 if seed else None,
     )
+
+
+def check_positive(**numbers: float | None) -> None:
+    """Refuse numbers that are neither None nor finite and above 0, by name.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for name, value in numbers.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name}={value} must be greater than 0")
 
 
 def count_parameters(config: GPTConfig) -> tuple[int, int]:
@@ -251,7 +259,7 @@ def _model_settings(
     if recipe != "chatmodel":
         settings |= {"value_embeddings": False, "residual_scalars": False, "backout": False}
     if recipe == "compat":
-        # What is left can be written as a Qwen3 (chatmodel/export/weights.py). Three matrices instead of two: two
+        # What is left can be written as a Qwen3 (chatmodel/export/conversions.py). Three matrices instead of two: two
         # thirds of the width keep the MLP's size, in multiples of 64 that fit the blocks of quantised formats.
         settings |= {
             "gated_mlp": True,

@@ -11,11 +11,13 @@ from chatmodel.posttraining import (
     PlannedOptimizer,
     SealCheckpoints,
     StopOnBadGradient,
+    describe_adapter,
     explain_memory,
     fit_to_device,
     latest_trainer_checkpoint,
     load_stage_model,
     pick_history,
+    save_adapter,
     save_stage_model,
 )
 from chatmodel.preferences import (
@@ -48,6 +50,8 @@ class PreferenceArguments:
     skip_invalid: bool = field(default=False, metadata={"help": "Leave out pairs that cannot be rendered."})
     mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
     lr_fraction: float = field(default=0.02, metadata={"help": "Factor on pretraining's learning rates."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA of this rank instead of all weights."})
+    lora_scale: float = field(default=2.0, metadata={"help": "LoRA's alpha over its rank."})
 
     def check(self, training: Any) -> None:
         if self.source not in SOURCES:
@@ -61,6 +65,10 @@ class PreferenceArguments:
             raise UserError(f"beta={training.beta} must be greater than 0")
         if not training.max_length:
             raise UserError("max_length is not set; give the tokens that a conversation may have")
+        self.adapter()
+
+    def adapter(self) -> Any:
+        return None if self.lora_rank is None else describe_adapter(self.lora_rank, scale=self.lora_scale)
 
 
 @dataclass
@@ -81,10 +89,13 @@ def build_trainer(
 ) -> PreferenceTrainer:
     fit_to_device(training, args.mixed_precision)
     training.output_dir = str(run.checkpoints("dpo"))
+    # Without its adapter, or before it has learned, the model is its own reference.
+    needs_reference = args.lora_rank is None and not training.precompute_ref_log_probs
     return PreferenceTrainer(
         model=model,
         # TRL would look for it under the name that the model was loaded from.
-        ref_model=None if training.precompute_ref_log_probs else load_stage_model(run.folder(args.source))[0],
+        ref_model=load_stage_model(run.folder(args.source))[0] if needs_reference else None,
+        peft_config=args.adapter(),
         args=training,
         data_collator=PairCollator(tokenizer.pad_token_id),
         train_dataset=pairs,
@@ -142,6 +153,7 @@ def main() -> None:
         "steps": trainer.state.global_step,
         "beta": training.beta,
         "lr_fraction": args.lr_fraction,
+        "lora": bool(args.lora_rank),
         "held_out": {"before": before, "after": after},
         "history": pick_history(trainer.state.log_history, *HISTORY),
         "train_loss": outcome.training_loss,
@@ -153,6 +165,8 @@ def main() -> None:
         f"chosen reply is the likelier in {before['accuracy']:.3f} of {before['n']} held-out pairs before, in "
         f"{after['accuracy']:.3f} after."
     ]
+    if args.lora_rank:
+        model = save_adapter(trainer, run.folder("adapters") / "dpo", source)
     save_stage_model(model.eval(), tokenizer, stage.folder, source, card=card)
     stage.finish(metrics)
 

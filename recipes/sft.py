@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import get_peft_model
 from trl import SFTConfig, SFTTrainer
 
-from chatmodel import LORA_TARGETS
 from chatmodel.conversations.mixtures import load_mixture, preview_mixture
 from chatmodel.conversations.stand_ins import choose_sources
 from chatmodel.finetuning.arguments import ConversationArguments
@@ -22,10 +21,12 @@ from chatmodel.posttraining import (
     PlannedOptimizer,
     SealCheckpoints,
     StopOnBadGradient,
+    describe_adapter,
     explain_memory,
     fit_to_device,
     latest_trainer_checkpoint,
     load_stage_model,
+    save_adapter,
     save_stage_model,
     use_device,
 )
@@ -69,18 +70,6 @@ def load_datasets(
         for line in preview_mixture(rows, tokenizer, args.preview_masks):
             logger.info("%s", line)
     return rows, validation, counts
-
-
-def add_adapter(model: Any, args: ConversationArguments) -> Any:
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_scale * args.lora_rank,
-            target_modules=LORA_TARGETS,
-            task_type="CAUSAL_LM",
-        ),
-    )
 
 
 def build_trainer(
@@ -138,14 +127,18 @@ def main() -> None:
     args.check(training)
     run = Run(Path(args.run_dir))
     stage = run.begin(args.stage)
-    if stage is None:
+    if stage is None and not args.preview_masks:
         return
     source = run.folder(STAGE_INPUTS[args.stage][0])
     model, tokenizer = load_stage_model(source)
     args.check(training, context=model.config.max_position_embeddings)
     *data, counts = load_datasets(args, training, tokenizer)
+    if stage is None:  # the preview is all that is left to do
+        return
+    if args.lora_rank:
+        model = get_peft_model(model, describe_adapter(args.lora_rank, scale=args.lora_scale))
     training.output_dir = str(run.checkpoints(args.stage))
-    trainer = build_trainer(args, training, add_adapter(model, args) if args.lora_rank else model, tokenizer, data)
+    trainer = build_trainer(args, training, model, tokenizer, data)
     with explain_memory(training):
         outcome = trainer.train(resume_from_checkpoint=latest_trainer_checkpoint(Path(training.output_dir)))
         if isinstance(trainer, ConversationTrainer):
@@ -154,9 +147,7 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     if args.lora_rank:
-        adapter = run.folder("adapters") / args.stage
-        trainer.save_model(str(adapter))
-        model = PeftModel.from_pretrained(load_stage_model(source)[0], adapter).merge_and_unload()
+        model = save_adapter(trainer, run.folder("adapters") / args.stage, source)
     names = ", ".join(count["name"] for count in counts)
     card = [f"A chat model after {args.stage}: {metrics['rows']:,} conversations of {names}."]
     save_stage_model(model.eval(), tokenizer, stage.folder, source, card=card)

@@ -70,6 +70,18 @@ def test_a_second_time_nothing_is_done(run_dir):
     assert before == {path: path.stat().st_mtime for path in (run_dir / "results").glob("*.json")}
 
 
+def test_a_finished_stage_can_still_be_looked_at(run_dir):
+    config = ROOT / "recipes" / "configs" / "smoke" / "sft.yaml"
+    command = [sys.executable, str(ROOT / "recipes" / "sft.py"), "--config", str(config), "--stage", "sft"]
+    before = (run_dir / "results" / "sft.json").stat().st_mtime
+    outcome = subprocess.run(
+        [*command, "--run_dir", str(run_dir), "--preview_masks", "1"], capture_output=True, text=True, check=True
+    )
+    assert "already finished" in outcome.stderr
+    assert "\033[92m" in outcome.stderr, "something is trained on, in green"
+    assert (run_dir / "results" / "sft.json").stat().st_mtime == before
+
+
 def test_a_changed_setting_is_refused(run_dir):
     outcome = speedrun(run_dir, "--max_per_task", "3")
     assert outcome.returncode == 2

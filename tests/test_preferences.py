@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from peft import PeftModel
 
+from chatmodel import LORA_TARGETS
 from chatmodel.checkpoint import save_model_folder
 from chatmodel.conversations.render import render_conversation, render_prompt
 from chatmodel.generation import generate_replies
@@ -167,14 +169,14 @@ def run(tmp_path, tokenizer):
     return run
 
 
-def build(recipe, run, **settings):
+def build(recipe, run, *, lora_rank=None, **settings):
     """A trainer as the recipe builds it, and its rows."""
     training = recipe.PreferenceConfig(
         **{"output_dir": str(run.run_dir / "out"), "beta": 0.5, "max_length": 256, "report_to": "none", "seed": 1}
         | {"per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 2, "max_steps": 4, "use_cpu": True}
         | settings
     )
-    args = recipe.PreferenceArguments(run_dir=run.run_dir, mixed_precision="no", lr_fraction=0.05)
+    args = recipe.PreferenceArguments(run_dir=run.run_dir, mixed_precision="no", lr_fraction=0.05, lora_rank=lora_rank)
     model, tokenizer = load_stage_model(run.folder("sft"))
     rows, _ = render_pairs(open_pairs("Arithmetic", rows=16), tokenizer, max_length=256)
     return recipe.build_trainer(args, training, run, model, tokenizer, rows), rows
@@ -201,6 +203,26 @@ def test_the_loss_and_the_references_are_dpos_formula(recipe, run):
     margins = torch.tensor((policy - reference)[:4, 0] - (policy - reference)[:4, 1])
     batch = PairCollator(pad)([trainer.train_dataset[n] for n in range(4)])
     loss = trainer.compute_loss(trainer.model, batch)
+    assert loss.item() == pytest.approx(-torch.nn.functional.logsigmoid(0.5 * margins).mean().item(), rel=1e-4)
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it(recipe, run):
+    trainer, rows = build(recipe, run, lora_rank=4)
+    assert trainer.ref_model is None, "one model is held, not two"
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    pad = trainer.processing_class.pad_token_id
+    reference = score_pairs(load_stage_model(run.folder("sft"))[0].eval(), rows, pad_token_id=pad, batch_size=16)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if name in trained:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    policy = score_pairs(trainer.model.eval(), rows, pad_token_id=pad, batch_size=16)
+    assert abs(policy - reference).max() > 0.1
+    margins = torch.tensor((policy - reference)[:4, 0] - (policy - reference)[:4, 1])
+    loss = trainer.compute_loss(trainer.model, PairCollator(pad)([rows[n] for n in range(4)]))
     assert loss.item() == pytest.approx(-torch.nn.functional.logsigmoid(0.5 * margins).mean().item(), rel=1e-4)
 
 
@@ -251,7 +273,27 @@ def test_the_recipe_raises_the_margin_and_leaves_a_chat_model(start, run, tmp_pa
     assert "made with lr_fraction=0.05" in start(**options | {"lr_fraction": 0.1})
 
 
+def test_an_adapter_is_left_beside_the_merged_model(start, run, tmp_path):
+    rows = [{"prompt": f"Say {n}", "chosen": "Yes", "rejected": "No"} for n in range(40)]
+    options = {"preferences": write_rows(tmp_path / "pairs.jsonl", rows), "max_steps": 8, "lr_fraction": 1}
+    options |= {"lora_rank": 4, "per_device_train_batch_size": 4, "max_length": 64, "report_to": "none", "seed": 3}
+    assert start(**options) is None
+    metrics = read_json(run.result_path("dpo"))["metrics"]
+    assert metrics["lora"]
+    assert metrics["held_out"]["after"]["reward_margin"] > 0.1
+    before, merged = (load_stage_model(run.folder(stage))[0].eval() for stage in ("sft", "dpo"))
+    after = dict(merged.named_parameters())
+    moved = {name.split(".")[-2] for name, weight in before.named_parameters() if not torch.equal(weight, after[name])}
+    assert moved
+    assert moved <= set(LORA_TARGETS)
+    adapted = PeftModel.from_pretrained(before, run.folder("adapters") / "dpo").eval()
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits)
+
+
 def test_what_the_recipe_refuses(start, tmp_path):
+    assert "lora_rank=0" in start(preferences="Arithmetic", lora_rank=0)
+    assert "lora_scale=0.0" in start(preferences="Arithmetic", lora_rank=4, lora_scale=0)
     assert "no preferences are given" in start()
     assert "beta=0.0 must be greater than 0" in start(preferences="Arithmetic", beta=0)
     assert "held_out=0" in start(preferences="Arithmetic", held_out=0)

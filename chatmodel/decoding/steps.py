@@ -74,7 +74,7 @@ class GraphedSteps(PlainSteps):
         steps: int = 4,
         captures: bool = True,
     ) -> None:
-        # Triton's packages are not everywhere; who comes here has asked `find_kernels`.
+        # Triton's packages are not everywhere; who comes here has asked `use_kernels`.
         from chatmodel.decoding import fused
 
         super().__init__(weights, state, ends)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from chatmodel.finetuning.trainer import LOSS_SCALES
+from chatmodel.posttraining import describe_adapter
 from chatmodel.runtime import UserError
 
 STAGES = ("mid", "sft")
@@ -66,8 +67,8 @@ class ConversationArguments:
             raise UserError(f"lr_fraction={self.lr_fraction} must be greater than 0")
         if self.loss_scale not in LOSS_SCALES:
             raise UserError(f"loss_scale={self.loss_scale!r} must be one of {', '.join(LOSS_SCALES)}")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise UserError(f"lora_rank={self.lora_rank} must be at least 1; leave it out to train all weights")
+        if self.lora_rank is not None:
+            describe_adapter(self.lora_rank, scale=self.lora_scale)
         if self.constant_fraction is not None and not 0 <= self.constant_fraction < 1:
             raise UserError(f"constant_fraction={self.constant_fraction} must be at least 0 and less than 1")
         if self.momentum_warmup_steps is not None and self.momentum_warmup_steps < 1:
