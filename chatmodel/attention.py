@@ -27,6 +27,7 @@ from chatmodel.kernels.attention import (
     attend_flex,
     prepare_block_mask,
 )
+from chatmodel.kernels.attention_products import attend_documents_products, attend_products
 from chatmodel.runtime import logger
 
 TRAINING_ATTENTION = "chatmodel_training"  # the name Transformers knows it by
@@ -49,6 +50,7 @@ class Candidate:
 CANDIDATES = (
     Candidate("sdpa", attend_dense, attend_documents=attend_documents_dense),
     Candidate("blocks", attend_blocks),
+    Candidate("products", attend_products, "cpu", attend_documents=attend_documents_products),
     Candidate("flash_attention_2", attend_flash_2, "cuda", attend_documents=attend_documents_flash_2),
     Candidate("cudnn", attend_cudnn, "cuda"),
     Candidate("flex", attend_flex, "cuda", compiled=True),
@@ -225,7 +227,8 @@ def choose_attention(
     On a CPU other programs disturb the clock, and a run continued with another choice would differ in its last bits.
 
     Args:
-        compiled: whether the model will be compiled; FlexAttention without it would hold all scores.
+        compiled: whether the model will be compiled; FlexAttention without it would hold all scores, and "products"
+            are for PyTorch as it is.
     """
     chosen = {}
     needs_compiling = {candidate.name for candidate in CANDIDATES if candidate.compiled}
@@ -233,7 +236,7 @@ def choose_attention(
         if device.type == "cpu":
             long = shape.window is not None and shape.sequence_length >= max(4 * shape.window, LONG)
             long = long and not shape.documents_apart
-            chosen[shape.window] = "blocks" if long else "sdpa"
+            chosen[shape.window] = ("blocks" if long else "sdpa") if compiled else "products"
             continue
         trials = [t for t in try_attention(shape, device, dtype) if compiled or t.name not in needs_compiling]
         chosen[shape.window] = trials[0].name

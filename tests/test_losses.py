@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import make_model
 
-from chatmodel.losses import LanguageModelLoss
+from chatmodel import losses
+from chatmodel.losses import LanguageModelLoss, _plain_cross_entropy
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
@@ -23,6 +24,44 @@ def test_equals_the_plain_loss(chunk_tokens, cap):
     torch.testing.assert_close(loss, expected)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [15.0, 80.0, None])
+@pytest.mark.parametrize("cached", [1, 7 * 50, 10**6])
+def test_blocks_of_rows_give_the_formula(cap, cached, monkeypatch):
+    """Against fp64, for small logits and for ones far beyond the cap, where its slope is 0."""
+    monkeypatch.setattr(losses, "CACHED_LOGITS", cached)
+    torch.manual_seed(0)
+    logits = torch.randn(20, 50) * torch.logspace(-2, 3, 20)[:, None]
+    targets = torch.randint(50, (20,))
+    targets[4] = -100
+    exact = logits.double().requires_grad_()
+    capped = exact if cap is None else cap * torch.tanh(exact / cap)
+    expected = torch.nn.functional.cross_entropy(capped, targets, reduction="none")
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    nats, gradient = _plain_cross_entropy(logits, targets, cap, True)
+    torch.testing.assert_close(nats.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, atol=2e-6, rtol=1e-4)
+    assert not gradient[4].any()
+    assert gradient.data_ptr() == logits.data_ptr(), "no second place for them"
+
+
+def test_capped_bf16_logits_are_squashed_as_by_tanh():
+    logits = torch.linspace(-60, 60, 6 * 500).view(6, 500).bfloat16()
+    targets = torch.arange(6)
+    exact = logits.clone().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(15 * torch.tanh(exact / 15), targets, reduction="none")
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    nats, gradient = _plain_cross_entropy(logits, targets, 15.0, True)
+    torch.testing.assert_close(nats.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, atol=1e-7, rtol=2**-8)
+
+
+def test_a_logit_that_is_not_finite_shows():
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = torch.nan
+    nats, _ = _plain_cross_entropy(logits, torch.tensor([0, 1, 2]), 15.0, True)
+    assert nats.isnan().tolist() == [False, True, False]
 
 
 def test_nothing_scored_is_zero_and_moves_nothing():

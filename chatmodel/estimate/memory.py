@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from chatmodel.estimate.setup import Setup
-from chatmodel.losses import choose_chunk_tokens
+from chatmodel.kernels.attention_products import count_kept_shares
+from chatmodel.losses import CACHED_LOGITS, choose_chunk_tokens
 from chatmodel.model import GPTConfig
 from chatmodel.scaling import RunPlan, count_parameters
 
@@ -17,9 +18,9 @@ ADAM_BYTES, MUON_BYTES = 8, 4  # two momenta, or one
 PLAIN_LAYER_VALUES, PLAIN_VALUES = 23, 6
 COMPILED_LAYER_VALUES, COMPILED_VALUES = 11, 8
 
-# Logits come in chunks of positions (chatmodel/losses.py). On CUDA one kernel turns them into their gradient in their
-# place; elsewhere there are fp32 copies before and after the cap, its slope, and the gradient.
-PLAIN_LOGIT_BYTES = 20
+# Logits come in chunks of positions, and their gradient takes their place (chatmodel/losses.py). Without CUDA's kernel
+# there are two fp32 copies beside, on a CPU of a block of rows at a time.
+WORKING_LOGIT_BYTES = 8
 # Validation holds the logits of a whole batch, with the cap three times: before it, and two steps of it.
 VALIDATION_COPIES, VALIDATION_COPIES_CAPPED = 1, 3
 VOCABULARY_GRADIENT_BYTES = 8  # the head's gradient, in fp32, and what is being added to it
@@ -53,7 +54,8 @@ def predict_memory(plan: RunPlan, setup: Setup) -> dict[str, int]:
     *_, stack = split_parameters(config)
     tokens = setup.device_batch_size * plan.sequence_length
     layer, once = (COMPILED_LAYER_VALUES, COMPILED_VALUES) if setup.compiled else (PLAIN_LAYER_VALUES, PLAIN_VALUES)
-    logit_bytes = setup.value_bytes if setup.device.kind == "cuda" else PLAIN_LOGIT_BYTES
+    logits = min(choose_chunk_tokens(vocabulary), tokens) * vocabulary
+    working = {"cuda": 0, "cpu": min(CACHED_LOGITS, logits)}.get(setup.device.kind, logits)
     capped = config.final_logit_softcapping is not None
     copies = VALIDATION_COPIES_CAPPED if capped else VALIDATION_COPIES
     shares = setup.num_devices if setup.divided else 1
@@ -62,7 +64,7 @@ def predict_memory(plan: RunPlan, setup: Setup) -> dict[str, int]:
         "gradients": plan.parameters * GRADIENT_BYTES // shares,
         "optimizer": _optimizer_bytes(plan, setup) // setup.num_devices,
         "activations": tokens * width * (layer * config.num_hidden_layers + once) * setup.value_bytes,
-        "logits": min(choose_chunk_tokens(vocabulary), tokens) * vocabulary * logit_bytes,
+        "logits": logits * setup.value_bytes + working * WORKING_LOGIT_BYTES,
         "head": vocabulary * width * VOCABULARY_GRADIENT_BYTES,
         "update": UPDATE_BYTES * stack // setup.num_devices,
         "validation": tokens * vocabulary * setup.value_bytes * copies,
@@ -70,7 +72,17 @@ def predict_memory(plan: RunPlan, setup: Setup) -> dict[str, int]:
     if setup.device.kind == "cpu":
         # A checkpoint is copied before it is written; on a GPU that copy is in the memory of the host.
         parts |= {"libraries": LIBRARY_BYTES, "checkpoint copy": checkpoint_bytes(plan, setup)}
+        if not setup.compiled:
+            parts["activations"] += _attention_bytes(config, setup)
     return parts
+
+
+def _attention_bytes(config: GPTConfig, setup: Setup) -> int:
+    """Of the probabilities that a CPU's attention keeps."""
+    assert config.layer_types is not None
+    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+    shares = sum(count_kept_shares(config.max_position_embeddings, window) for window in windows)
+    return setup.device_batch_size * config.num_attention_heads * shares * setup.value_bytes
 
 
 def peak_bytes(parts: dict[str, int]) -> int:

@@ -16,6 +16,7 @@ def update_matrices(
     *,
     beta2: float,
     method: str,
+    dtype: torch.dtype | None = None,
     skip: torch.Tensor | None = None,
 ) -> None:
     """One step of Muon on `weights` (n, rows, columns), in place, together with its state.
@@ -29,6 +30,7 @@ def update_matrices(
 
     Args:
         second_moments: (n, rows, 1) for tall and square matrices, (n, 1, columns) for wide ones.
+        method, dtype: of the orthogonalization.
         lr, momentum, weight_decay: scalars on the device, so that a compiled step is made once for all their values.
         skip: a boolean on the device; where it is true nothing changes, without anybody waiting to know.
     """
@@ -37,9 +39,9 @@ def update_matrices(
     # Nesterov: look ahead along the momentum from the gradient.
     ahead = gradients.lerp(momenta, momentum)
     if second_moments is None:
-        updates = orthogonalize(ahead, method)
+        updates = orthogonalize(ahead, method, dtype=dtype)
     else:
-        updates = restore_norm(orthogonalize(equilibrate_rows(ahead), method))
+        updates = restore_norm(orthogonalize(equilibrate_rows(ahead), method, dtype=dtype))
         updates = normalize_updates(updates, second_moments, beta2, skip=skip)
     updates = updates * (lr * max(1.0, rows / columns) ** 0.5)
     grows = (updates * weights) >= 0

@@ -80,17 +80,17 @@ class MuonAdamW(torch.optim.Optimizer):
         return state["master"]
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        on_cuda = parameters[0].is_cuda
+        device = parameters[0].device
         masters = [self._master(parameter) for parameter in parameters]
         for parameter, master in zip(parameters, masters, strict=True):
             state = self.state[parameter]
             if "step" not in state:
                 # The fused kernel counts on the device.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_cuda else "cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device if device.type == "cuda" else "cpu")
                 state["exp_avg"] = torch.zeros_like(master)
                 state["exp_avg_sq"] = torch.zeros_like(master)
         states = [self.state[p] for p in parameters]
-        fused = on_cuda and not isinstance(parameters[0], DTensor)
+        fused = device.type in ("cuda", "cpu") and not isinstance(parameters[0], DTensor)
         adamw(
             masters,
             [p.grad.to(m.dtype) for p, m in zip(parameters, masters, strict=True) if p.grad is not None],
@@ -100,7 +100,7 @@ class MuonAdamW(torch.optim.Optimizer):
             [s["step"] for s in states],
             fused=fused,
             foreach=not fused,
-            found_inf=self.skip.float() if fused and self.skip is not None else None,
+            found_inf=None if self.skip is None else self.skip.float(),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -133,6 +133,8 @@ class MuonAdamW(torch.optim.Optimizer):
             *(torch.full((), group[name], device=device) for name in ("lr", "momentum", "weight_decay")),
             beta2=group.get("beta2", 0.0),
             method=group["method"],
+            # Weights that are trained in bf16 say that this device is fast in it.
+            dtype=torch.bfloat16 if parameters[0].dtype == torch.bfloat16 else None,
             skip=self.skip,
         )
         self._round(parameters, list(weights.unbind()))

@@ -14,16 +14,17 @@ POLAR_EXPRESS_COEFFICIENTS = (
 NEWTON_SCHULZ_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
 
 
-def orthogonalize(matrices: torch.Tensor, method: str) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor, method: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The nearest semi-orthogonal matrix of each (..., rows, columns), approximately, by five matrix polynomials.
 
     Args:
         method: "polar_express" (arXiv 2505.16932) or "newton_schulz" (Keller Jordan's Muon).
+        dtype: to compute in; the iteration forgives bf16. By default bf16 on CUDA and fp32 elsewhere, as CPUs without
+            bf16 units would only be slowed down by it.
     """
     coefficients = POLAR_EXPRESS_COEFFICIENTS if method == "polar_express" else NEWTON_SCHULZ_COEFFICIENTS
     tall = matrices.size(-2) > matrices.size(-1)
-    # The iteration forgives bf16; CPUs without bf16 units would only be slowed down by it.
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(dtype or (torch.bfloat16 if matrices.is_cuda else torch.float32))
     x = x.mT if tall else x
     margin = 1.02 if method == "polar_express" else 1.0
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
