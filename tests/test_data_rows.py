@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from chatmodel.data.loading import read_ahead
 from chatmodel.data.rows import PACKINGS, PackedRows, find_document_starts, validation_rows
 from chatmodel.data.store import TokenStore
-from chatmodel.runtime import UserError
+from chatmodel.runtime import UserError, warn_once
 
 BOS = 999
 
@@ -267,9 +267,36 @@ def test_document_starts_by_hand():
     # Contiguous rows run over the ends of documents.
     assert find_document_starts([[(1, 10)]], offsets, length=8, capacity=3).tolist() == [0, 2, 8, 8]
     assert find_document_starts([[(10, 19)]], offsets, length=8, capacity=3).tolist() == [0, 3, 7, 8]
-    # Too little room: starts within rows are left out, never those of rows.
+
+
+def test_too_little_room_for_documents(caplog):
+    """Starts within rows are left out, never those of rows, and it is said once."""
+    offsets = np.array([0, 3, 13, 17, 22])
+    rows = [[(0, 3), (3, 9)], [(9, 13), (13, 17), (17, 18)]]
+    warn_once.cache_clear()
+    assert find_document_starts(rows, offsets, length=8, capacity=4).tolist() == [0, 3, 8, 12, 16]
+    assert not caplog.text
     assert find_document_starts(rows, offsets, length=8, capacity=3).tolist() == [0, 3, 8, 16]
     assert find_document_starts(rows, offsets, length=8, capacity=2).tolist() == [0, 8, 16]
+    assert caplog.text.count("the last of them are not kept apart") == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_no_start_of_a_document_is_left_out(make_store, packing, batch_size, monkeypatch):
+    """However few rows a device holds at once; lengths differ by a factor of a hundred, as those of a text do."""
+    monkeypatch.setattr("chatmodel.data.rows.SAMPLED_ROWS", 1_000)
+    lengths = np.exp(np.random.default_rng(0).normal(3, 1.5, 3_000)).astype(int) + 2
+    store = make_store(lengths.tolist(), np.uint32)
+    rows = PackedRows(store, sequence_length=128, packing=packing, documents_apart=True)
+    batches = rows.batches(batch_size)
+    shapes = set()
+    for _ in range(3_000 // batch_size):
+        batch, _ = next(batches)
+        shapes.add(batch["document_starts"].shape)
+        begun = (batch["input_ids"] == BOS).flatten().nonzero().flatten()
+        assert torch.isin(begun, batch["document_starts"]).all()
+    assert len(shapes) == 1
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
