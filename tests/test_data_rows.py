@@ -248,6 +248,14 @@ def test_validation_labels_are_counted(max_tokens, expected, make_store):
     assert len(labels) == -(-expected // 4) * 4
 
 
+def test_validation_positions_restart_at_each_document(make_store):
+    """Documents of 3, 6 and 2 tokens in rows of 4; the first row has no room for more than one of document 1."""
+    rows = list(validation_rows(make_store([3, 6, 2]), sequence_length=4, documents_apart=True))
+    assert [row["position_ids"].tolist() for row in rows] == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 0, 1, 0]]
+    assert rows[2]["shift_labels"].tolist() == [BOS, 1201, -100, -100]
+    assert "position_ids" not in next(validation_rows(make_store([3, 6, 2]), sequence_length=4))
+
+
 def test_validation_shorter_than_a_row(make_store):
     (row,) = validation_rows(make_store([3]), sequence_length=8)
     assert row["shift_labels"].tolist() == [1001, 1002] + [-100] * 6

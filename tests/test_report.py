@@ -18,6 +18,7 @@ from chatmodel.report.as_html import write_html
 from chatmodel.report.as_markdown import write_markdown
 from chatmodel.report.code_size import find_repository
 from chatmodel.report.document import Document, Facts, NotRun, Section, Table, Transcript
+from chatmodel.report.model_card import describe_training
 from chatmodel.report.render import build_document
 from chatmodel.report.results import DEFAULT_CONFIGS, STAGE_COMMANDS, load_results
 from chatmodel.runs import STAGE_INPUTS, Run
@@ -221,6 +222,18 @@ def test_stages_on_different_machines_are_told_apart(tmp_path):
     assert "GPUs: 1x NVIDIA GeForce RTX 5090 (31.8 GiB) (tokenizer); 8x H200 (140.0 GiB) (base)" in text
 
 
+def test_a_validation_number_says_what_a_token_saw(tmp_path):
+    records = seed_records()
+    for within, words in ((True, "within documents"), (False, "over whole rows")):
+        records["base"]["metrics"]["val_bpb_within_documents"] = within
+        run = write_run(tmp_path / words, records)
+        text = render_report(run)[0].read_text()
+        assert f"Final validation bpb, {words}: 0.9539" in text
+        assert "val_bpb_within_documents" not in text
+        card = describe_training(load_results(run), "base")
+        assert card[0].rows[-1] == (f"Validation bits per byte after pretraining, {words}", "0.9539")
+
+
 def test_other_result_files_are_shown(tmp_path):
     records = {"tokenizer": seed_records()["tokenizer"], "lm_eval": {"metrics": {"arc": {"acc": 0.25}}}}
     text = render_report(write_run(tmp_path, records))[0].read_text()
@@ -259,7 +272,7 @@ def test_no_odd_or_missing_value_stops_the_report(tmp_path):
 def test_stage_without_any_numbers_is_reported_as_not_recorded(tmp_path):
     text = render_report(write_run(tmp_path, {stage: {} for stage in STAGE_INPUTS}))[0].read_text()
     assert "Number of parameters: not recorded" in text
-    assert "val bpb: not recorded" in text
+    assert "val bpb, over whole rows: not recorded" in text
     assert "not run" not in text
 
 

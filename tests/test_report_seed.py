@@ -217,7 +217,8 @@ EXPECTED = {
         core_metric_every: 2,000|core_metric_max_per_task: 500|133,038,080|7.038566e8|5,075|2,660,761,600
         ratio: 20.0000|Number of processes: 1|Minimum validation bpb: 0.9539|Final validation bpb: 0.9539
         CORE metric estimate: 0.1334|MFU: 16.31 %|1.872795e18|3 h 14 min|7,496.9 MiB""",
-    "Base model loss": """train bpb: 0.9586|val bpb: 0.9540|Paris. The capital is Paris. The capital is Paris.
+    "Base model loss": """train bpb, over whole rows: 0.9586|val bpb, over whole rows: 0.9540
+        Paris. The capital is Paris. The capital is Paris.
         13. If 5x + 3 = 13, then""",
     "Base model evaluation": "0.1266|22 of 22 run",
     "Midtraining": "Number of iterations: 813|Number of processes: 1|Minimum validation bpb: 0.8500|524,288",

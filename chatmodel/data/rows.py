@@ -193,13 +193,17 @@ def find_document_starts(
     return found
 
 
-def validation_rows(store: TokenStore, *, sequence_length: int, max_tokens: int | None = None) -> Iterator[Row]:
+def validation_rows(
+    store: TokenStore, *, sequence_length: int, max_tokens: int | None = None, documents_apart: bool = False
+) -> Iterator[Row]:
     """The store from its beginning in contiguous rows, always the same: each token but the first is a label once.
 
     The last row is filled up with ids 0 and labels -100.
 
     Args:
         max_tokens: labels at most; by default all.
+        documents_apart: rows also have `position_ids` (T,) that restart at each document, by which a model attends
+            within documents: in any of Transformers' ways to attend, and as trained, as its positions are relative.
     """
     if sequence_length < 1:
         raise UserError(f"sequence_length is {sequence_length}; give a number of at least 1")
@@ -210,7 +214,17 @@ def validation_rows(store: TokenStore, *, sequence_length: int, max_tokens: int 
         shift_labels = torch.full((sequence_length,), IGNORED)
         input_ids[: len(chunk) - 1] = chunk[:-1]
         shift_labels[: len(chunk) - 1] = chunk[1:]
-        yield {"input_ids": input_ids, "shift_labels": shift_labels}
+        row = {"input_ids": input_ids, "shift_labels": shift_labels}
+        if documents_apart:
+            row["position_ids"] = torch.from_numpy(_count_positions(store, start, sequence_length))
+        yield row
+
+
+def _count_positions(store: TokenStore, start: int, length: int) -> NDArray[np.int64]:
+    """(length,) how far each token from `start` on is from the beginning of its document, or of the row if later."""
+    places = np.arange(start, start + length)
+    documents = np.searchsorted(store.offsets, places, side="right") - 1
+    return places - np.maximum(store.offsets[documents], start)
 
 
 def check_rows_fit(store: TokenStore, sequence_length: int) -> None:

@@ -24,6 +24,7 @@ def bits_per_byte(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], tok
 
     Args:
         batches: `input_ids` and `shift_labels`, both (B, T); a label is the token that follows, -100 is not scored.
+            With `position_ids` (B, T), which restart at each document, the model attends within documents.
         token_bytes: (vocab_size,) bytes each token stands for; 0 for special tokens, which are not scored.
 
     Raises:
@@ -37,7 +38,8 @@ def bits_per_byte(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], tok
     with evaluation_mode(model):
         for batch in batches:
             labels = batch["shift_labels"].to(device)
-            more_nats, more_bytes = _score_batch(model, batch["input_ids"].to(device), labels, token_bytes)
+            given = {name: batch[name].to(device) for name in ("input_ids", "position_ids") if name in batch}
+            more_nats, more_bytes = _score_batch(model, given, labels, token_bytes)
             nats, n_bytes = nats + more_nats, n_bytes + more_bytes
     return _divide(nats, n_bytes, device=device)
 
@@ -72,7 +74,7 @@ def document_bits_per_byte(
                 ids = pad_right([chunk[index] for index in batch], device=device)
                 lengths = torch.tensor([len(chunk[index]) for index in batch], device=device)[:, None]
                 labels = ids[:, 1:].masked_fill(torch.arange(1, ids.shape[1], device=device) >= lengths, -100)
-                more_nats, more_bytes = _score_batch(model, ids[:, :-1], labels, token_bytes)
+                more_nats, more_bytes = _score_batch(model, {"input_ids": ids[:, :-1]}, labels, token_bytes)
                 nats, n_bytes = nats + more_nats, n_bytes + more_bytes
     return _divide(nats, n_bytes, device=device)
 
@@ -82,13 +84,15 @@ def _begin(document: Sequence[int], bos_token_id: int) -> list[int]:
     return ids if ids[:1] == [bos_token_id] else [bos_token_id, *ids]
 
 
-def _score_batch(model: nn.Module, input_ids: Tensor, labels: Tensor, token_bytes: Tensor) -> tuple[float, int]:
-    """(nats, bytes) of the labels (B, T) that stand for bytes."""
+def _score_batch(
+    model: nn.Module, given: Mapping[str, Tensor], labels: Tensor, token_bytes: Tensor
+) -> tuple[float, int]:
+    """(nats, bytes) of the labels (B, T) that stand for bytes; the model is called with what is `given`."""
     sizes = torch.where(labels >= 0, token_bytes[labels.clamp(min=0)], 0)
     n_bytes = int(sizes.sum())
     if n_bytes == 0:
         return 0.0, 0
-    logits = model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
+    logits = model(**given, use_cache=False).logits.flatten(0, 1)
     targets = labels.masked_fill(sizes == 0, -100).flatten()
     parts = zip(torch.split(logits, CHUNK_ROWS), torch.split(targets, CHUNK_ROWS), strict=True)
     sums = [F.cross_entropy(part.float(), target, reduction="sum") for part, target in parts]

@@ -10,7 +10,15 @@ from chatmodel.report.chat_sections import build_chat_evaluation
 from chatmodel.report.document import Block, Facts, Section, Table
 from chatmodel.report.formats import NOT_RECORDED, format_count, format_decimal
 from chatmodel.report.pretraining_sections import build_base_evaluation
-from chatmodel.report.results import StageResult, find_not_run, load_results, pick, pick_named, pick_number
+from chatmodel.report.results import (
+    StageResult,
+    describe_context,
+    find_not_run,
+    load_results,
+    pick,
+    pick_named,
+    pick_number,
+)
 from chatmodel.report.tables import read_accuracy
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError
@@ -98,7 +106,10 @@ def describe_training(results: dict[str, StageResult], stage: str) -> list[Block
     facts = [
         ("Parameters", format_count(pick_number(base, "parameters"))),
         ("Pretraining tokens", format_count(pick_number(base, "train_tokens"))),
-        ("Validation bits per byte after pretraining", format_decimal(pick_number(base, "val_bpb_final"))),
+        (
+            f"Validation bits per byte after pretraining{describe_context(base)}",
+            format_decimal(pick_number(base, "val_bpb_final")),
+        ),
     ]
     rows = [
         (

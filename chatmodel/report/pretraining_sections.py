@@ -18,6 +18,7 @@ from chatmodel.report.prediction import compare_prediction
 from chatmodel.report.results import (
     StageResult,
     collect_series,
+    describe_context,
     find_not_run,
     flatten_values,
     pick,
@@ -135,8 +136,8 @@ def _describe_base(result: StageResult) -> list[Block]:
         ("Tokens : parameters ratio", format_decimal(_divide(tokens, parameters))),
         ("Number of processes", format_count(metrics.get("world_size"))),
         ("Device", format_value(metrics.get("device"))),
-        ("Minimum validation bpb", format_decimal(metrics.get("val_bpb_min"))),
-        ("Final validation bpb", format_decimal(metrics.get("val_bpb_final"))),
+        (f"Minimum validation bpb{describe_context(metrics)}", format_decimal(metrics.get("val_bpb_min"))),
+        (f"Final validation bpb{describe_context(metrics)}", format_decimal(metrics.get("val_bpb_final"))),
         ("CORE metric estimate", _explain_null(metrics, "core_estimate", NO_ESTIMATE) or format_decimal(estimate)),
         ("MFU", _explain_null(metrics, "mfu", NO_PEAK) or format_percent(metrics.get("mfu"))),
         ("Tokens per second", format_count_rounded(metrics.get("tokens_per_second"))),
@@ -163,6 +164,7 @@ def _describe_base(result: StageResult) -> list[Block]:
         "train_tokens",
         "world_size",
         "device",
+        "val_bpb_within_documents",
         "val_bpb_min",
     }
     shown |= {"val_bpb_final", "mfu", "tokens_per_second", "total_flops", "train_seconds", "peak_memory_bytes"}
@@ -207,8 +209,8 @@ def _describe_bpb(bpb: Any) -> list[Block]:
     if (not_run := find_not_run(bpb, "Bits per byte")) is not None:
         return [not_run]
     rows = [
-        ("train bpb", format_decimal(pick(bpb, "train"))),
-        ("val bpb", format_decimal(pick(bpb, "validation"))),
+        ("train bpb, over whole rows", format_decimal(pick(bpb, "train"))),
+        ("val bpb, over whole rows", format_decimal(pick(bpb, "validation"))),
         ("val bpb of whole documents", format_decimal(pick(bpb, "validation_documents"))),
     ]
     known = {"train", "validation", "validation_documents"}

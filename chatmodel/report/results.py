@@ -86,6 +86,12 @@ def flatten_values(value: Any, prefix: str = "", *, null: str = NOT_RECORDED) ->
         yield prefix, "none" if value in ([], {}) else format_named(prefix, value)
 
 
+def describe_context(base: dict[str, Any]) -> str:
+    """What a token saw when pretraining measured its validation text, as the end of a label; "" if not recorded."""
+    within = base.get("val_bpb_within_documents")
+    return "" if within is None else ", within documents" if within else ", over whole rows"
+
+
 def shorten_paths(text: str) -> str:
     """Text without the path of the repository, so that it reads (and runs) from there."""
     return text.replace(f"{find_repository()}/", "")

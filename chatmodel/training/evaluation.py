@@ -58,8 +58,16 @@ class Measurements:
         return results
 
     def validation_bpb(self) -> float:
-        """Bits per byte of the beginning of the validation text, rows shared among the ranks."""
-        rows = validation_rows(self.store, sequence_length=self.args.sequence_length, max_tokens=self.args.eval_tokens)
+        """Bits per byte of the beginning of the validation text, rows shared among the ranks.
+
+        A model is measured as it is trained: within documents if it has never seen across their borders.
+        """
+        rows = validation_rows(
+            self.store,
+            sequence_length=self.args.sequence_length,
+            max_tokens=self.args.eval_tokens,
+            documents_apart=self.args.documents_apart,
+        )
         mine = islice(rows, self.accelerator.process_index, None, self.accelerator.num_processes)
         with evaluating_whole(self.train_step) as model, torch.no_grad():
             return bits_per_byte(model, collate_batches(mine, self.batch_size), self.token_bytes)

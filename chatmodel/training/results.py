@@ -61,6 +61,7 @@ def write_results(
         "packing": args.packing,
         "documents_apart": args.documents_apart,
         "dataset": store.manifest,
+        "val_bpb_within_documents": args.documents_apart,
         "val_bpb_min": min(val_bpbs),
         "val_bpb_final": val_bpbs[-1],
         "core_estimate": state.evaluations[-1].get("core"),
@@ -70,7 +71,8 @@ def write_results(
     }
     card = [
         f"A base model of {plan.parameters:,} parameters, pretrained on {plan.train_tokens:,} tokens of "
-        f"`{args.dataset}`. Validation: {val_bpbs[-1]:.4f} bits per byte.",
+        f"`{args.dataset}`. Validation: {val_bpbs[-1]:.4f} bits per byte of packed rows, "
+        f"{'attending within documents' if args.documents_apart else 'attending over whole rows'}.",
     ]
     save_model_folder(model, tokenizer, stage.folder, card=card)
     write_json(stage.folder / "plan.json", plan.as_dict())
