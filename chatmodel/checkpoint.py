@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from safetensors import SafetensorError
 
 from chatmodel.runs import publish_folder
 from chatmodel.runtime import UserError, explain_no_model, logger, read_json, write_json
@@ -219,22 +220,39 @@ def save_model_folder(model: Any, tokenizer: Any, folder: Path, *, card: Sequenc
 
     Args:
         card: paragraphs of the model card, below its heading.
+
+    Raises:
+        UserError: the disk is full or not writable; what there was before is still there.
     """
-    aside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     # Mistakes in the ids would only show when somebody generates.
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.bos_token_id]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = True  # Trainers switch it off
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
     header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- chatmodel\n---\n"
-    (aside / "README.md").write_text("\n\n".join([f"{header}\n# {folder.name}", *card]) + "\n")
-    for path in aside.iterdir():
-        path.chmod(0o644)  # safetensors writes files only their owner may read; a server may be somebody else
-    publish_folder(aside, folder)
+    aside = folder.with_name(f".{folder.name}.writing")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text("\n\n".join([f"{header}\n# {folder.name}", *card]) + "\n")
+        for path in aside.iterdir():
+            path.chmod(0o644)  # safetensors writes files only their owner may read; a server may be somebody else
+        publish_folder(aside, folder)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not is_disk_error(error):
+            raise
+        raise UserError(
+            f"model folder {folder} could not be written ({error}); the stage's last checkpoint is safe: free some "
+            "space and start again, which finishes it"
+        ) from None
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether the disk is at fault, also in the words of what is written in Rust: weights and tokenizers."""
+    return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
 
 
 def load_model(folder: Path, **options: Any) -> Any:

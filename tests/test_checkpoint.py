@@ -176,6 +176,32 @@ def test_a_model_folder_is_complete(chat_model, tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sft"]
 
 
+@pytest.mark.parametrize("too_large", ["weights", "tokenizer"])
+def test_a_full_disk_at_the_end_is_one_sentence(chat_model, tokenizer, tmp_path, too_large):
+    """Each writer has an error of its own; the model before stays."""
+    save_model_folder(chat_model, tokenizer, tmp_path / "base", card=["The one before."])
+
+    def save_where_files_cannot_grow():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        if too_large == "tokenizer":
+            chat_model.save_pretrained = lambda folder: None
+        save_model_folder(chat_model, tokenizer, tmp_path / "base", card=[])
+
+    assert wait(fork(save_where_files_cannot_grow, log=tmp_path / "log")) == [2]
+    said = (tmp_path / "log").read_text()
+    assert "could not be written" in said
+    assert "the stage's last checkpoint is safe: free some space and start again" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "log"]
+    assert "The one before." in (tmp_path / "base" / "README.md").read_text()
+
+
+def test_a_bug_while_a_model_is_written_stays_one(chat_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        save_model_folder(chat_model, tokenizer, tmp_path / "base", card=[])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_without_model_or_weights_is_refused(chat_model, tokenizer, tmp_path):
     with pytest.raises(UserError, match="holds no model"):
         load_model(tmp_path)
