@@ -175,17 +175,21 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with the files that a folder's manifest lists, or None."""
     try:
         files = read_json(folder / MANIFEST)["files"].items()
-        for name, expected in files:
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if hash_file(path) != expected["sha256"]:
-                return f"{name} has changed"
-    except (UserError, KeyError, TypeError, AttributeError) as error:
+        found = (_find_damage_of_file(folder / name, name, expected) for name, expected in files)
+        return next((problem for problem in found if problem is not None), None)
+    except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be used: {error}"
-    return None
+
+
+def _find_damage_of_file(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        return f"{name} has changed" if hash_file(path) != expected["sha256"] else None
+    except OSError as error:
+        return f"{name} cannot be read: {error}"
 
 
 def hash_file(path: Path) -> str:

@@ -96,6 +96,22 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage, named):
         latest_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("unreadable", ["model.pt", "manifest.json"])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch, caplog, unreadable):
+    good, bad = (write_checkpoint(tmp_path, number, PARTS) for number in (1, 2))
+    open_file = Path.open
+
+    def open_badly(self, *args, **options):
+        if self == bad / unreadable:
+            raise OSError(5, "Input/output error", str(self))
+        return open_file(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_badly)
+    assert latest_checkpoint(tmp_path) == good
+    assert f"{bad} is damaged ({unreadable} cannot be" in caplog.text
+    assert "Input/output error" in caplog.text
+
+
 def test_an_unfinished_write_is_no_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     write_checkpoint(tmp_path, 1, PARTS)
