@@ -85,7 +85,6 @@ class TrainStep:
         documents_apart: bool = False,
     ) -> None:
         self.model, self.plan, self.accelerator = model, plan, accelerator
-        self.accumulation = plan.accumulation_steps(device_batch_size, accelerator.num_processes)
         self.divided = accelerator.distributed_type == DistributedType.FSDP
         device = accelerator.device
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -107,20 +106,31 @@ class TrainStep:
         compiled = device.type == "cuda" if compile is None else compile
         if fp8:
             check_fp8(device, compiled=compiled, divided=self.divided)
-        self._shapes, self._place = attention_shapes(model.config, device_batch_size, documents_apart), (device, dtype)
-        self._use_attention(choose_attention(self._shapes, device, dtype, compiled=compiled))
-        # In plain PyTorch the model's own parts are the faster ones.
-        self.layers = self._choose_layers(device_batch_size, fp8=fp8) if compiled else None
-        self._prepare_training()
+        self._place, self._documents_apart = (device, dtype), documents_apart
+        self._compiled, self._fp8 = compiled, fp8
+        self.layers: TrainingLayers | None = None
         self.loss_module = LanguageModelLoss(model)
-        if compiled:
-            self.loss_module.compute_states = torch.compile(model.model.forward, dynamic=False, fullgraph=True)
+        self.choose_kernels(device_batch_size)
         if self.divided:
             self.loss_module, self.optimizer = accelerator.prepare(self.loss_module, optimizer)
         else:
             self.optimizer = optimizer
             accelerator.register_for_checkpointing(self)
         self._losses: list[torch.Tensor] = []
+
+    def choose_kernels(self, device_batch_size: int) -> None:
+        """Take so many rows at once from now on, by the kernels that are fastest for them here."""
+        self.accumulation = self.plan.accumulation_steps(device_batch_size, self.accelerator.num_processes)
+        self._shapes = attention_shapes(self.model.config, device_batch_size, self._documents_apart)
+        self._use_attention(choose_attention(self._shapes, *self._place, compiled=self._compiled))
+        # In plain PyTorch the model's own parts are the faster ones.
+        if self._compiled:
+            if self.layers is not None:
+                self.layers.remove()
+                torch.compiler.reset()  # code compiled for the kernels before must not be taken for theirs
+            self.layers = self._choose_layers(device_batch_size)
+            self.loss_module.compute_states = torch.compile(self.model.model.forward, dynamic=False, fullgraph=True)
+        self._prepare_training()
 
     def accumulate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Add the gradient of one micro-batch to those so far; returns its loss.
@@ -211,9 +221,9 @@ class TrainStep:
         self.model.set_attn_implementation(TRAINING_ATTENTION)
         self.model.train()
 
-    def _choose_layers(self, device_batch_size: int, *, fp8: bool) -> TrainingLayers:
+    def _choose_layers(self, device_batch_size: int) -> TrainingLayers:
         config, (device, dtype) = self.model.config, self._place
-        if fp8:
+        if self._fp8:
             return TrainingLayers(self.model, convert=build_fp8_converter())
         if self.divided:
             return TrainingLayers(self.model)

@@ -86,3 +86,21 @@ def test_gradients_of_bf16_weights_add_up_in_fp32():
             (weight.sum() * value).backward()
     assert weight.grad.dtype == torch.float32
     assert torch.equal(weight.grad, torch.full_like(weight.grad, 1 + 2**-8))
+
+
+def test_kernels_chosen_again_leave_the_step_as_it_is(monkeypatch):
+    """The parts of compiled training are exchanged once, whatever was in their place."""
+    monkeypatch.setattr("torch.compile", lambda function, **settings: function)
+    model = make_model(max_position_embeddings=LENGTH).train()
+    own = [type(module) for module in model.modules()]
+    step = build_step(model, compile=True)
+    rows = make_batches().flatten(0, 1)
+    halves = [{"input_ids": half[:, :-1], "shift_labels": half[:, 1:]} for half in rows.split(2)]
+    losses = [step.accumulate(half) for half in halves]
+    step.drop()
+    step.choose_kernels(4)
+    assert step.accumulation == 1
+    whole = step.accumulate({"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:]})
+    torch.testing.assert_close(whole, sum(losses) / 2)
+    with step.evaluating():
+        assert [type(module) for module in model.modules()] == own

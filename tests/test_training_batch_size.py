@@ -1,10 +1,13 @@
 """The largest batch is found in few trials, and never one that does not divide the step."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from chatmodel.runtime import UserError
 from chatmodel.scaling import plan_run
-from chatmodel.training.batch_size import find_largest, list_candidates
+from chatmodel.training.batch_size import find_largest, list_candidates, try_rows
 
 
 def plan(rows):
@@ -31,6 +34,25 @@ def test_the_largest_that_fits_is_found_from_any_guess(limit, guess):
     candidates = [1, 2, 4, 8, 16, 32]
     assert find_largest(candidates, fits, guess=guess) == max((c for c in candidates if c <= limit), default=0)
     assert len(tried) == len(set(tried)), "each trial can take a minute"
+
+
+def test_rows_are_tried_as_they_are_trained(monkeypatch):
+    """With room for documents where they are kept apart: kernels need memory for each place."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    taken = []
+    step = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        model=SimpleNamespace(config=SimpleNamespace(vocab_size=512), parameters=lambda: iter(())),
+        plan=plan(8),
+        accumulate=taken.append,
+        drop=lambda: None,
+    )
+    assert try_rows(step, 4)
+    assert try_rows(step, 4, lambda rows: 2 * rows)
+    whole, apart = taken
+    assert whole.keys() == {"input_ids", "shift_labels"}
+    assert apart["input_ids"].shape == apart["shift_labels"].shape == (4, 32)
+    assert apart["document_starts"].tolist() == [0, 32, 64, 96, 128, 128, 128, 128, 128]
 
 
 def test_a_good_guess_needs_two_trials():

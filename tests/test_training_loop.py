@@ -291,6 +291,26 @@ def test_the_batch_size_found_is_kept(run, text, unbroken, monkeypatch):
     assert resumed.train_step.accumulation == 1
 
 
+def test_kernels_are_chosen_for_the_batch_size_found(run, text, monkeypatch):
+    """Also by a run that continues, which then takes over the ones it was begun with."""
+    asked = []
+
+    def record(shapes, device, dtype, *, compiled):
+        asked.append([(shape.batch, shape.documents_apart) for shape in shapes])
+        return dict.fromkeys((shape.window for shape in shapes), "sdpa")
+
+    monkeypatch.setattr("chatmodel.train_step.choose_attention", record)
+    monkeypatch.setattr("chatmodel.training.loop.choose_device_batch_size", lambda *_, **__: 2)
+    begun = build(run, text, auto_batch=True, documents_apart=True, max_steps=3)
+    begun.train()
+    assert [set(shapes) for shapes in asked] == [{(1, True)}, {(2, True)}]
+    monkeypatch.undo()
+    resumed = build(run, text, auto_batch=True, documents_apart=True, max_steps=3)
+    assert set(resumed.train_step.attention.values()) == {"products"}
+    resumed.train()
+    assert set(resumed.train_step.attention.values()) == {"sdpa"}
+
+
 def test_what_cannot_be_is_refused():
     for name in ("save_every_minutes", "data_timeout", "rank_timeout"):
         with pytest.raises(UserError, match=f"{name}=0 must be greater than 0"):

@@ -19,8 +19,13 @@ from chatmodel.training.ranks import Ranks
 OPTIMIZER_BYTES = 12
 
 
-def choose_device_batch_size(step: TrainStep, ranks: Ranks, *, compiled: bool) -> int:
+def choose_device_batch_size(
+    step: TrainStep, ranks: Ranks, *, compiled: bool, document_capacity: Callable[[int], int] | None = None
+) -> int:
     """The most rows, a power of two, that every rank can hold; what was found is logged.
+
+    Args:
+        document_capacity: where documents are kept apart, the documents that so many rows have room for.
 
     Raises:
         UserError: not even one row fits, or the weights are divided among ranks.
@@ -32,7 +37,9 @@ def choose_device_batch_size(step: TrainStep, ranks: Ranks, *, compiled: bool) -
     on_cuda = ranks.device.type == "cuda"
     # A CPU has no error to catch: the system kills the process, or another.
     found = ranks.minimum(
-        find_largest(candidates, lambda size: try_rows(step, size), guess=guess) if on_cuda else guess
+        find_largest(candidates, lambda size: try_rows(step, size, document_capacity), guess=guess)
+        if on_cuda
+        else guess
     )
     if not found:
         raise UserError(
@@ -82,15 +89,15 @@ def guess_rows(step: TrainStep, ranks: Ranks, *, compiled: bool) -> int:
     return largest_batch(step.plan, setup) or 0
 
 
-def try_rows(step: TrainStep, size: int) -> bool:
+def try_rows(step: TrainStep, size: int, document_capacity: Callable[[int], int] | None = None) -> bool:
     """Whether one micro-batch of `size` rows fits on this rank's CUDA device; nothing is left of it."""
     device = step.accelerator.device
-    shape = (size, step.plan.sequence_length)
-    ids = torch.randint(step.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    capacity = None if document_capacity is None else document_capacity(size)
+    batch = draw_batch(step, size, capacity)
     num_parameters = sum(parameter.numel() for parameter in step.model.parameters())
     try:
         ballast = torch.empty(OPTIMIZER_BYTES * num_parameters, dtype=torch.uint8, device=device)
-        step.accumulate({"input_ids": ids, "shift_labels": ids})
+        step.accumulate({name: tensor.to(device) for name, tensor in batch.items()})
         torch.cuda.synchronize(device)
         del ballast
         return True
@@ -100,3 +107,15 @@ def try_rows(step: TrainStep, size: int) -> bool:
         step.drop()
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def draw_batch(step: TrainStep, size: int, document_capacity: int | None) -> dict[str, torch.Tensor]:
+    """A micro-batch of random tokens in the shapes of training; with room for documents, of one in each row."""
+    length = step.plan.sequence_length
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(step.model.config.vocab_size, (size, length), generator=generator)
+    batch = {"input_ids": ids, "shift_labels": ids}
+    if document_capacity is not None:
+        batch["document_starts"] = torch.full((document_capacity + 1,), size * length, dtype=torch.int32)
+        batch["document_starts"][:size] = torch.arange(size) * length
+    return batch

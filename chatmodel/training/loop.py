@@ -103,7 +103,6 @@ class Pretraining:
         """
         with self.ranks.explain_lost_rank(self.checkpoints), self._explain_memory(), collector_paused(), self.signals:
             self._resume()
-            self._settle_batch_size()
             try:
                 with self._open_loader() as self.loader:
                     self._run_steps()
@@ -248,13 +247,22 @@ class Pretraining:
             self.saved_step, self.saved_at = step, time.monotonic()
 
     def _resume(self) -> None:
-        """Continue from the last whole checkpoint, if there is one; it may be another number of ranks'."""
+        """Continue from the last whole checkpoint, if there is one; it may be another number of ranks'.
+
+        Kernels are chosen for the batch size before the checkpoint's, which a continued run keeps, are taken over.
+        """
         found = str(latest_checkpoint(self.checkpoints) or "") if self.ranks.is_main else ""
         folder = self.ranks.take_from_main(found)
         if not folder:
+            self._settle_batch_size()
             return
         parts = read_checkpoint(Path(folder))
         run_state = parts.pop("run")
+        self.state.load_state_dict(run_state["state"])
+        logger.info("continuing from %s", folder)
+        if self.state.world_size != self.ranks.count:
+            logger.info("it was saved by %d ranks, now there are %d", self.state.world_size, self.ranks.count)
+        self._settle_batch_size()
         try:
             self.train_step.load_state_dict(divide_state(parts, self.train_step))
         except (KeyError, ValueError, RuntimeError) as error:
@@ -262,14 +270,10 @@ class Pretraining:
                 f"checkpoint {folder} does not fit this model ({str(error).splitlines()[0]}); it is probably another "
                 f"version's: delete {self.checkpoints} to begin anew"
             ) from None
-        self.state.load_state_dict(run_state["state"])
         self.rows.load_state_dict(run_state["rows"])
         ranks_before = run_state["randomness"]
         restore_randomness(ranks_before[self.ranks.rank % len(ranks_before)], self.device)
         self.saved_step = self.state.step
-        logger.info("continuing from %s", folder)
-        if self.state.world_size != self.ranks.count:
-            logger.info("it was saved by %d ranks, now there are %d", self.state.world_size, self.ranks.count)
 
     def _settle_batch_size(self) -> None:
         """Find the device batch size, or take over what was found when the run was begun on as many ranks."""
@@ -277,8 +281,13 @@ class Pretraining:
         if self.args.auto_batch:
             known = self.state.device_batch_size if self.state.world_size == self.ranks.count else 0
             compiled = self.device.type == "cuda" if self.args.compile is None else self.args.compile
-            size = known or choose_device_batch_size(self.train_step, self.ranks, compiled=compiled)
-            self.train_step.accumulation = self.plan.accumulation_steps(size, self.ranks.count)
+            size = known or choose_device_batch_size(
+                self.train_step,
+                self.ranks,
+                compiled=compiled,
+                document_capacity=self.rows.document_capacity if self.args.documents_apart else None,
+            )
+            self.train_step.choose_kernels(size)
         self.state.device_batch_size, self.state.world_size = size, self.ranks.count
 
     def _open_loader(self) -> Loader:
