@@ -224,21 +224,15 @@ def choose_attention(
 ) -> dict[int | None, str]:
     """The fastest working kernel's name for each of `shapes`, by window; on a CPU, by a rule.
 
-    On a CPU other programs disturb the clock, and a run continued with another choice would differ in its last bits.
-
     Args:
-        compiled: whether the model will be compiled; FlexAttention without it would hold all scores, and "products"
-            are for PyTorch as it is.
+        compiled: whether the model will be compiled.
     """
     chosen = {}
-    needs_compiling = {candidate.name for candidate in CANDIDATES if candidate.compiled}
     for shape in shapes:
         if device.type == "cpu":
-            long = shape.window is not None and shape.sequence_length >= max(4 * shape.window, LONG)
-            long = long and not shape.documents_apart
-            chosen[shape.window] = ("blocks" if long else "sdpa") if compiled else "products"
+            chosen[shape.window] = choose_by_rule(shape, compiled=compiled)
             continue
-        trials = [t for t in try_attention(shape, device, dtype) if compiled or t.name not in needs_compiling]
+        trials = leave_out_compiled(try_attention(shape, device, dtype), compiled=compiled)
         chosen[shape.window] = trials[0].name
         logger.info(
             "attention %s: %s (%s)",
@@ -247,6 +241,23 @@ def choose_attention(
             ", ".join(f"{t.name} {t.milliseconds:.2f} ms" for t in trials if t.milliseconds is not None),
         )
     return chosen
+
+
+def choose_by_rule(shape: AttentionShape, *, compiled: bool) -> str:
+    """The kernel's name for a CPU; "products" are for PyTorch as it is.
+
+    On a CPU other programs disturb the clock, and a run continued with another choice would differ in its last bits.
+    """
+    if not compiled:
+        return "products"
+    long = shape.window is not None and shape.sequence_length >= max(4 * shape.window, LONG)
+    return "blocks" if long and not shape.documents_apart else "sdpa"
+
+
+def leave_out_compiled(trials: Sequence[Trial], *, compiled: bool) -> list[Trial]:
+    """Those of kernels that such a model can take: FlexAttention would hold all scores without being compiled."""
+    needs_compiling = {candidate.name for candidate in CANDIDATES if candidate.compiled}
+    return [trial for trial in trials if compiled or trial.name not in needs_compiling]
 
 
 def works_here(name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> bool:

@@ -13,15 +13,18 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from chatmodel.attention import AttentionShape, try_attention
+from chatmodel.attention import AttentionShape, Trial, choose_by_rule, leave_out_compiled, try_attention
 from chatmodel.devices import find_datasheet, measure_copy, measure_matmul, time_call, time_fastest
+from chatmodel.kernels.fp8 import build_fp8_converter, check_fp8
+from chatmodel.kernels.mlp import compare_mlps, find_obstacle
 from chatmodel.losses import LanguageModelLoss
 from chatmodel.model import GPTForCausalLM
-from chatmodel.runtime import logger
+from chatmodel.runtime import UserError, logger
 from chatmodel.scaling import plan_run
 from chatmodel.train_step import TrainStep
 
 HASHED_BYTES = 2**26
+FP8_TOLERANCE = 0.1  # three bits of mantissa leave about 0.04
 TINY = {"vocab_size": 512, "sequence_length": 128, "head_dim": 32, "total_batch_tokens": 512, "max_steps": 10}
 
 
@@ -48,6 +51,8 @@ def probe_device(device: torch.device, dtype: torch.dtype) -> Iterable[Probe]:
     yield run_probe("matrix products", lambda: _products(device))
     yield run_probe("copy", lambda: f"{measure_copy(device) / 1e9:,.0f} GB a second, read and written")
     yield from probe_attention(device, dtype)
+    yield run_probe("MLP", lambda: _fuse_mlp(device, dtype))
+    yield run_probe("fp8", lambda: _multiply_in_fp8(device))
     yield run_probe("loss", lambda: _loss(device, dtype))
     yield run_probe("torch.compile", lambda: _compile(device))
     yield run_probe("training step", lambda: _train(device, dtype))
@@ -63,21 +68,67 @@ def probe_host() -> Iterable[Probe]:
 
 
 def probe_attention(device: torch.device, dtype: torch.dtype) -> list[Probe]:
-    """Every attention kernel on full and on windowed rows; the fastest that works is what training takes."""
+    """Every attention kernel on full rows, on windowed ones and within documents, and which of them training takes."""
     length, heads, head_dim, batch = (2048, 6, 128, 8) if device.type == "cuda" else (512, 4, 64, 2)
     probes = []
-    for name, window in (("full", None), ("windowed", length // 4)):
-        trials = try_attention(AttentionShape(batch, heads, length, head_dim, window), device, dtype)
-        if trials[0].milliseconds is not None:
-            size = f"{batch} x {length} tokens, {heads} heads of {head_dim}"
-            text = f"{trials[0].name}, {trials[0].milliseconds:.2f} ms for {size} (used: the fastest)"
-            probes.append(Probe(f"attention, {name}", True, text))
-        for trial in trials[1:]:
+    for name, window, apart in (("full", None, False), ("windowed", length // 4, False), ("documents", None, True)):
+        shape = AttentionShape(batch, heads, length, head_dim, window, documents_apart=apart)
+        trials = try_attention(shape, device, dtype)
+        used, reason = _choose_trial(shape, trials, device)
+        size = f"{batch} x {length} tokens, {heads} heads of {head_dim}"
+        text = f"{used.name}, {_describe_trial(used)} for {size} (used: {reason})"
+        probes.append(Probe(f"attention, {name}", used.milliseconds is not None, text))
+        for trial in trials:
             works = trial.milliseconds is not None
-            if works or device.type == "cuda":  # what does not work elsewhere is not meant to
-                text = f"{trial.milliseconds:.2f} ms" if works else trial.reason
-                probes.append(Probe(f"  {trial.name}", works, text))
+            # What does not work elsewhere is not meant to.
+            if trial is not used and (works or device.type == "cuda"):
+                probes.append(Probe(f"  {trial.name}", works, _describe_trial(trial)))
     return probes
+
+
+def _choose_trial(shape: AttentionShape, trials: list[Trial], device: torch.device) -> tuple[Trial, str]:
+    """The kernel that training takes if nothing else is asked for, and why, as `choose_attention` would."""
+    if device.type != "cpu":
+        return leave_out_compiled(trials, compiled=device.type == "cuda")[0], "the fastest"
+    name = choose_by_rule(shape, compiled=False)
+    return next(trial for trial in trials if trial.name == name), "by rule, a CPU's clock being disturbed by others"
+
+
+def _describe_trial(trial: Trial) -> str:
+    return trial.reason if trial.milliseconds is None else f"{trial.milliseconds:.2f} ms"
+
+
+def _fuse_mlp(device: torch.device, dtype: torch.dtype) -> str:
+    """ReLU^2 within the products of the MLP, beside plain ones, in the sizes of depth 12."""
+    obstacle = find_obstacle(device, dtype)
+    if obstacle is not None:
+        return f"plain matrix products (used: the fused kernel {obstacle})"
+    rows, width, inner = 16_384, 768, 3072
+    _, found = compare_mlps(rows=rows, width=width, inner=inner, device=device)
+    return f"{found} for {rows:,} tokens of {width} to {inner} channels (used)"
+
+
+def _multiply_in_fp8(device: torch.device) -> str:
+    """A linear layer in 8-bit floats beside the same in bf16, compiled, forward and backward."""
+    try:
+        check_fp8(device, compiled=True, divided=False)
+    except UserError as error:
+        return f"not available: {error}"
+    linear = torch.nn.Linear(1024, 4096, bias=False, device=device, dtype=torch.bfloat16)
+    states = torch.randn(16_384, 1024, device=device, dtype=torch.bfloat16)
+    outputs, milliseconds = [], []
+    for layer in (linear, build_fp8_converter()(linear)):
+        compiled = torch.compile(layer, dynamic=False)
+        outputs.append(compiled(states).detach().float())
+        seconds = time_fastest(lambda compiled=compiled: compiled(states).sum().backward(), device, repeats=2)  # type: ignore[misc]
+        milliseconds.append(1000 * seconds)
+    difference = float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
+    if not difference <= FP8_TOLERANCE:
+        raise ArithmeticError(f"relative error {difference:.3g} against bf16")
+    return (
+        f"works (only with --fp8), {milliseconds[1]:.2f} ms, bf16 {milliseconds[0]:.2f} ms for 16,384 tokens of 1024 "
+        "to 4096 channels"
+    )
 
 
 def _products(device: torch.device) -> str:

@@ -53,24 +53,37 @@ def fused_mlp_pays(*, rows: int, width: int, inner: int, device: torch.device, d
     Args:
         rows: tokens of a micro-batch. width, inner: hidden and intermediate size.
     """
-    if device.type != "cuda" or dtype != torch.bfloat16 or importlib.util.find_spec("triton") is None:
+    if find_obstacle(device, dtype) is not None:
         return False
+    pays, reason = compare_mlps(rows=rows, width=width, inner=inner, device=device)
+    logger.info("MLP: %s", reason)
+    return pays
+
+
+def find_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `fused_mlp` cannot be tried, or None."""
+    if device.type != "cuda":
+        return f"needs an NVIDIA GPU, and this is {device}"
+    if dtype != torch.bfloat16:
+        return "needs bf16, which is not what trains here"
+    return "needs Triton, which is not installed" if importlib.util.find_spec("triton") is None else None
+
+
+def compare_mlps(*, rows: int, width: int, inner: int, device: torch.device) -> tuple[bool, str]:
+    """Whether `fused_mlp` pays on this GPU, and what trying it showed."""
     try:
         # Registers the operations; Triton comes with PyTorch's CUDA builds only.
         import chatmodel.kernels.relu_squared  # noqa: F401
 
         error = _measure_error(width, inner, device)
         if not error <= TOLERANCE:
-            logger.info("MLP: the fused products are wrong here (relative error %.3g), so plain ones are used", error)
-            return False
+            return False, f"plain matrix products, as the fused ones are wrong here: relative error {error:.3g}"
         fused = _measure_milliseconds(fused_mlp, rows, width, inner, device)
     except Exception as failure:  # a kernel may fail in any way on a device its authors never saw
         reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
-        logger.info("MLP: plain matrix products, as the fused ones fail here: %s", reason)
-        return False
+        return False, f"plain matrix products, as the fused ones fail here: {reason}"
     plain = _measure_milliseconds(_plain_as_trained(), rows, width, inner, device)
-    logger.info("MLP: %s (fused %.2f ms, plain %.2f ms)", "fused" if fused < plain else "plain", fused, plain)
-    return fused < plain
+    return fused < plain, f"{'fused' if fused < plain else 'plain'} (fused {fused:.2f} ms, plain {plain:.2f} ms)"
 
 
 def _plain_as_trained() -> Callable[..., torch.Tensor]:
