@@ -7,9 +7,9 @@ import torch
 from conftest import make_model
 
 from chatmodel.optim.groups import build_optimizer
-from chatmodel.optim.matrices import normalize_updates
+from chatmodel.optim.matrices import normalize_updates, update_matrices
 from chatmodel.optim.optimizer import MuonAdamW
-from chatmodel.optim.orthogonalization import orthogonalize
+from chatmodel.optim.orthogonalization import POLAR_EXPRESS_COEFFICIENTS, orthogonalize
 from chatmodel.optim.schedule import apply_schedule, learning_rate_multiplier, muon_momentum
 from chatmodel.scaling import SchedulePlan, plan_run
 
@@ -72,6 +72,56 @@ def test_adamw_is_torchs_adamw():
         ours_optimizer.step()
         their_optimizer.step()
     assert torch.equal(ours, theirs)
+
+
+def published_muon(weights, gradients, *, lr, momentum, decay, beta2, decay_rate, margin, eps):
+    """Weights after some steps of the recipe in karpathy/nanochat@92d63d4 nanochat/optim.py, one matrix, in fp64.
+
+    `decay_rate` is a function of the rate and its factor for the shape; there it is their product.
+    """
+    rows, columns = weights.shape
+    factor = max(1.0, rows / columns) ** 0.5
+    average, sizes = torch.zeros_like(weights), 0.0
+    for gradient in gradients:
+        average = momentum * average + (1 - momentum) * gradient
+        ahead = (1 - momentum) * gradient + momentum * average
+        row_norms = torch.linalg.vector_norm(ahead, dim=1)
+        ahead = torch.diag(torch.linalg.matrix_norm(ahead) / rows**0.5 / row_norms) @ ahead  # MuonEq
+        singular = ahead / (margin * torch.linalg.matrix_norm(ahead) + eps)
+        for a, b, c in POLAR_EXPRESS_COEFFICIENTS:
+            u, s, v = torch.linalg.svd(singular, full_matrices=False)
+            singular = u @ torch.diag(a * s + b * s**3 + c * s**5) @ v
+        update = singular * (min(rows, columns) ** 0.5 / torch.linalg.matrix_norm(singular))  # Muon+
+        squares = (update**2).mean(dim=1 if rows >= columns else 0, keepdim=True)
+        sizes = beta2 * sizes + (1 - beta2) * squares
+        even = update / sizes**0.5  # NorMuon
+        update = even * (torch.linalg.matrix_norm(update) / torch.linalg.matrix_norm(even))
+        decayed = torch.where(update * weights >= 0, decay_rate(lr, factor) * decay * weights, 0.0)
+        weights = weights - lr * factor * update - decayed
+    return weights
+
+
+@pytest.mark.parametrize("shape", [(32, 8), (16, 16), (8, 32)])
+def test_muon_is_nanochats_but_for_two_numbers_kept(shape):
+    """Decay by the bare rate, and Polar Express with its paper's margin and epsilon; all else to the last digits."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gradients = torch.randn((4, *shape), generator=generator, dtype=torch.float64)
+    weights, momenta = start[None].clone(), torch.zeros(1, *shape, dtype=torch.float64)
+    second_moments = torch.zeros(1, *((shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])))
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.9, 0.3)]
+    for gradient in gradients:
+        options = {"beta2": 0.8, "method": "polar_express", "dtype": torch.float64}
+        update_matrices(weights, gradient[None], momenta, second_moments, *scalars, **options)
+    settings = {"lr": 0.1, "momentum": 0.9, "decay": 0.3, "beta2": 0.8}
+    ours = {"decay_rate": lambda rate, factor: rate, "margin": 1.02, "eps": 1e-7}
+    torch.testing.assert_close(weights[0], published_muon(start, gradients, **settings, **ours), atol=1e-6, rtol=1e-6)
+    # The test would notice either: with nanochat's number in place of ours, weights come out elsewhere.
+    theirs = {"decay_rate": lambda rate, factor: rate * factor, "margin": 1.01, "eps": 1e-6}
+    for name, number in theirs.items():
+        other = published_muon(start, gradients, **settings, **(ours | {name: number}))
+        same = torch.allclose(weights[0], other, atol=1e-6, rtol=1e-6)
+        assert same == (name == "eps" or (name == "decay_rate" and shape[0] <= shape[1])), name
 
 
 def test_stacked_matrices_move_as_single_ones_do():

@@ -26,7 +26,9 @@ def update_matrices(
     one size before orthogonalization (MuonEq), the result to the norm of a semi-orthogonal matrix (Muon+), and each
     row's (or column's) update is divided by its running size (NorMuon, arXiv 2510.05491).
 
-    Source: karpathy/nanochat@92d63d4 nanochat/optim.py.
+    Source: karpathy/nanochat@92d63d4 nanochat/optim.py, with two deviations. Weights decay by the bare `lr`, there by
+    the rate that is scaled for the shape: at 4:1 ours decay half as much. And Polar Express has its paper's numbers
+    (`orthogonalize`).
 
     Args:
         second_moments: (n, rows, 1) for tall and square matrices, (n, 1, columns) for wide ones.
@@ -44,8 +46,8 @@ def update_matrices(
         updates = restore_norm(orthogonalize(equilibrate_rows(ahead), method, dtype=dtype))
         updates = normalize_updates(updates, second_moments, beta2, skip=skip)
     updates = updates * (lr * max(1.0, rows / columns) ** 0.5)
-    grows = (updates * weights) >= 0
-    _replace(weights, weights - (updates + (lr * weight_decay) * weights * grows), skip)
+    shrinks = (updates * weights) >= 0
+    _replace(weights, weights - (updates + (lr * weight_decay) * weights * shrinks), skip)
 
 
 def _replace(old: torch.Tensor, new: torch.Tensor, skip: torch.Tensor | None) -> None:

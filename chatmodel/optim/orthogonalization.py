@@ -17,6 +17,9 @@ NEWTON_SCHULZ_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
 def orthogonalize(matrices: torch.Tensor, method: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The nearest semi-orthogonal matrix of each (..., rows, columns), approximately, by five matrix polynomials.
 
+    The norm that Polar Express divides by has its paper's margin and epsilon, 1.02 and 1e-7; karpathy/nanochat@92d63d4
+    has 1.01 and 1e-6.
+
     Args:
         method: "polar_express" (arXiv 2505.16932) or "newton_schulz" (Keller Jordan's Muon).
         dtype: to compute in; the iteration forgives bf16. By default bf16 on CUDA and fp32 elsewhere, as CPUs without
