@@ -85,7 +85,7 @@ def build_setup(
         device=device,
         precision=precision,
         compiled=device.kind == "cuda" if args.compile is None else args.compile,
-        device_batch_size=args.device_batch_size,
+        device_batch_size=plan.fit_rows(args.device_batch_size, num_devices),
         num_devices=num_devices,
         divided=divided,
         eval_every=args.eval_every,
@@ -102,7 +102,6 @@ def predict(
     """The plan and what it will take; to be called before anything else is built, and by every rank."""
     plan = args.plan(find_vocab_size(run, asked.vocab_size))
     setup = build_setup(args, asked, plan, run, accelerator)
-    plan.accumulation_steps(setup.device_batch_size, setup.num_devices)  # refuses what cannot be divided
     return plan, setup, predict_run(plan, setup, speed=time_model(plan, setup) if asked.measure else None)
 
 

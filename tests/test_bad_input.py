@@ -67,7 +67,7 @@ def recipe(run, monkeypatch, capsys):
         ({"tokens_per_parameter": 0}, "tokens_per_parameter=0"),
         ({"tokens_per_parameter": -1}, "tokens_per_parameter=-1"),
         ({"sequence_length": 100_000, "total_batch_tokens": 200_000, "max_steps": 1}, "longer than the data"),
-        ({"device_batch_size": 3}, "device_batch_size"),
+        ({"device_batch_size": 0}, "device_batch_size=0"),
         ({"total_batch_tokens": 65}, "total_batch_tokens=65"),
         ({"recipe": "best"}, "best"),
         ({"packing": "loose"}, "loose"),

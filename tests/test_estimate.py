@@ -291,11 +291,25 @@ def test_a_dry_run_here_times_the_model(recipe, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        (["--config", "recipes/configs/gpu/pretrain.yaml", "--num_devices", "8"], "1 x 8 rows of 2,048 tokens on 8"),
+        (["--depth", "2"], "1 x 16 rows of 2,048 tokens on 1"),
+        (["--depth", "8", "--device_batch_size", "5"], "8 x 4 rows of 2,048 tokens on 1"),
+    ],
+)
+def test_rows_that_do_not_fit_are_lowered(recipe, monkeypatch, tmp_path, capsys, options, step):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    dry_run(recipe, monkeypatch, tmp_path, "--device_name", "H100", *options)
+    assert f"a step is:      {step}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--device_name", "abacus"], "'abacus' is not known"),
         (["--device_name", "RTX 4090"], "set device_batch_size to 8"),
-        (["--device_name", "H200", "--device_batch_size", "3"], "no multiple of device_batch_size"),
+        (["--device_name", "H200", "--num_devices", "3"], "256 rows of 2048 tokens, which 3 processes"),
         (["--num_devices", "2"], "num_devices is for --device_name"),
         (["--device_name", "H200", "--measure"], "leave one out"),
         (["--hourly_rate", "-1"], "hourly_rate=-1"),

@@ -15,7 +15,7 @@ def test_candidates_divide_the_step():
     assert list_candidates(plan(24), 1) == [1, 2, 4, 8]
     assert list_candidates(plan(24), 2) == [1, 2, 4]
     assert list_candidates(plan(24), 3) == [1, 2, 4, 8]
-    with pytest.raises(UserError, match="no multiple"):
+    with pytest.raises(UserError, match="24 rows of 32 tokens, which 5 processes"):
         list_candidates(plan(24), 5)
 
 

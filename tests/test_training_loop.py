@@ -277,6 +277,17 @@ def test_memory_that_does_not_suffice_is_one_sentence(run, text, monkeypatch):
         build(run, text).train()
 
 
+def test_rows_that_do_not_fit_are_lowered_and_said(run, text, unbroken, caplog):
+    """A step has two rows, and 32 are the default."""
+    with caplog.at_level("INFO", logger="chatmodel"):
+        lowered = build(run, text, device_batch_size=32, max_steps=3)
+        lowered.train()
+    assert caplog.text.count("device_batch_size: 2 in place of 32, as a step has 2 rows") == 1
+    assert lowered.state.device_batch_size == 2
+    for one, other in zip(lowered.state.history, unbroken.state.history, strict=False):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
 def test_the_batch_size_found_is_kept(run, text, unbroken, monkeypatch):
     """More rows at once, the same step; a resumed run does not look for another size."""
     found = build(run, text, auto_batch=True, max_steps=3)

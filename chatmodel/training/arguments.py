@@ -37,7 +37,7 @@ class PretrainArguments:
     train_tokens: int | None = field(default=None, metadata={"help": "Overrides the planned number of tokens."})
     max_steps: int | None = field(default=None, metadata={"help": "Overrides the planned number of steps."})
     total_batch_tokens: int | None = field(default=None, metadata={"help": "Tokens a step, over all devices."})
-    device_batch_size: int = field(default=32, metadata={"help": "Rows a device holds at once."})
+    device_batch_size: int = field(default=32, metadata={"help": "Most rows a device holds at once."})
     auto_batch: bool = field(
         default=False, metadata={"help": "Find the most rows a device can hold at once, by trying; same total batch."}
     )

@@ -19,6 +19,20 @@ from chatmodel.training.ranks import Ranks
 OPTIMIZER_BYTES = 12
 
 
+def fit_device_batch_size(plan: RunPlan, asked: int, world_size: int) -> int:
+    """The rows asked for, or the most below that divide a rank's part of a step, which is then logged."""
+    rows = plan.fit_rows(asked, world_size)
+    if rows != asked:
+        logger.info(
+            "device_batch_size: %d in place of %d, as a step has %d rows for each of %d process(es)",
+            rows,
+            asked,
+            plan.rank_rows(world_size),
+            world_size,
+        )
+    return rows
+
+
 def choose_device_batch_size(step: TrainStep, ranks: Ranks, *, compiled: bool) -> int:
     """The most rows, a power of two, that every rank can hold; what was found is logged.
 
@@ -50,7 +64,7 @@ def choose_device_batch_size(step: TrainStep, ranks: Ranks, *, compiled: bool) -
 
 def list_candidates(plan: RunPlan, world_size: int) -> list[int]:
     """The powers of two that divide the rows of each rank's part of a step, smallest first."""
-    rows = plan.accumulation_steps(1, world_size)
+    rows = plan.rank_rows(world_size)
     return [1 << power for power in range(rows.bit_length()) if rows % (1 << power) == 0]
 
 

@@ -18,7 +18,7 @@ from chatmodel.tokenizer import calculator_table, load_tokenizer
 from chatmodel.train_step import StepResult, StepUnderway, TrainStep
 from chatmodel.training.arguments import PretrainArguments, open_stores
 from chatmodel.training.bad_batch import as_records, describe_bad_rows, find_bad_rows
-from chatmodel.training.batch_size import choose_device_batch_size
+from chatmodel.training.batch_size import choose_device_batch_size, fit_device_batch_size
 from chatmodel.training.evaluation import Measurements
 from chatmodel.training.interruptions import StopRequested, StopSignals, collector_paused, freeze_garbage
 from chatmodel.training.loading import Loader
@@ -59,11 +59,13 @@ class Pretraining:
                 calculator=calculator_table(self.tokenizer),
             )
         )
+        asked = 1 if args.auto_batch else args.device_batch_size
+        self.device_batch_size = fit_device_batch_size(self.plan, asked, self.ranks.count)
         self.train_step = TrainStep(
             self.model,
             self.plan,
             accelerator,
-            device_batch_size=1 if args.auto_batch else args.device_batch_size,
+            device_batch_size=self.device_batch_size,
             lr_fraction=args.lr_fraction,
             compile=args.compile,
             fp8=args.fp8,
@@ -273,7 +275,7 @@ class Pretraining:
 
     def _settle_batch_size(self) -> None:
         """Find the device batch size, or take over what was found when the run was begun on as many ranks."""
-        size = self.args.device_batch_size
+        size = self.device_batch_size
         if self.args.auto_batch:
             known = self.state.device_batch_size if self.state.world_size == self.ranks.count else 0
             compiled = self.device.type == "cuda" if self.args.compile is None else self.args.compile
