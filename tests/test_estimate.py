@@ -64,10 +64,20 @@ def test_memory_worked_by_hand(plan):
         "logits": 512 * 100 * 2,
         "head": 100 * 128 * 8,
         "update": 24 * (2 * 4 * 128 * 128),
-        "validation": 512 * 100 * 2 * 3,
+        "validation": 8192 * 100 * 2 * 3,  # its batches are its own
     }
     micro_batch = parts["activations"] + parts["logits"] + parts["head"]
     assert peak_bytes(parts) == 6 * plan.parameters + optimizer + micro_batch
+
+
+@pytest.mark.parametrize(
+    ("recipe", "depth", "vocab_size", "measured"), [("seed", 10, 65_536, 11.4), ("chatmodel", 12, 32_768, 17.0)]
+)
+def test_memory_foretells_what_was_measured(recipe, depth, vocab_size, measured):
+    """GiB of one H200 with 32 rows at once (docs/experiments.md)."""
+    plan = plan_run(depth, vocab_size=vocab_size, recipe=recipe)
+    predicted = peak_bytes(predict_memory(plan, replace(H200, device_batch_size=32))) / 2**30
+    assert predicted / memory.MEMORY_FACTOR < measured < memory.MEMORY_FACTOR * predicted
 
 
 def test_optimizer_state_is_divided_among_devices(plan):
