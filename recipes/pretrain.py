@@ -11,16 +11,17 @@ from accelerate.utils import parse_flag_from_env
 from chatmodel.devices import describe_device, describe_named
 from chatmodel.estimate.memory import largest_batch
 from chatmodel.estimate.prediction import Prediction, check_resources, predict_run
-from chatmodel.estimate.setup import Setup
+from chatmodel.estimate.setup import EXPECTED_CORES, Setup
 from chatmodel.estimate.speed import time_model
 from chatmodel.report.prediction import describe_plan
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, choose_precision, entry_point, logger, parse_arguments, write_json
 from chatmodel.scaling import RunPlan
 from chatmodel.tokenizer import load_tokenizer
-from chatmodel.training.arguments import PretrainArguments
+from chatmodel.training.arguments import STORE_SHARES, PretrainArguments
 from chatmodel.training.loop import Pretraining
 from chatmodel.training.ranks import join_ranks
+from chatmodel.workers import count_cores
 
 
 @dataclass
@@ -77,9 +78,13 @@ def build_setup(
     if accelerator is None:
         device = describe_named(str(asked.device_name))
         precision, num_devices, divided = args.mixed_precision or "bf16", asked.num_devices or 1, False
+        cores = EXPECTED_CORES
+        logger.info(
+            "the machine of the %s is expected to have %d cores, which make the token store", device.name, cores
+        )
     else:
         device = describe_device(accelerator.device)
-        precision, num_devices = accelerator.mixed_precision, accelerator.num_processes
+        precision, num_devices, cores = accelerator.mixed_precision, accelerator.num_processes, count_cores()
         divided = accelerator.distributed_type == DistributedType.FSDP
     setup = Setup(
         device=device,
@@ -91,6 +96,8 @@ def build_setup(
         eval_every=args.eval_every,
         eval_tokens=args.eval_tokens,
         data_is_ready=(run.folder("data") / "train").exists(),
+        cores=cores,
+        store_share=STORE_SHARES[args.packing],
         hourly_rate=asked.hourly_rate,
     )
     return replace(setup, device_batch_size=largest_batch(plan, setup) or 1) if args.auto_batch else setup

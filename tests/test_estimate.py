@@ -93,9 +93,11 @@ def test_disk_worked_by_hand(plan):
     disk = predict_disk(plan, H200)
     assert disk["checkpoints"] == 3 * checkpoint
     assert disk["final model"] == 2 * plan.parameters
-    assert disk["token store"] == int((1.5 * 40_960 + H200.eval_tokens) * 2.02)
+    assert disk["token store"] == int((1.05 * 40_960 + H200.eval_tokens) * 2.02)
+    cropped = predict_disk(plan, replace(H200, store_share=1.5))
+    assert cropped["token store"] == int((1.5 * 40_960 + H200.eval_tokens) * 2.02)
     large = plan_run(2, vocab_size=70_000, sequence_length=128, train_tokens=40_960, total_batch_tokens=4096)
-    assert predict_disk(large, H200)["token store"] == int((1.5 * 40_960 + H200.eval_tokens) * 4.02)
+    assert predict_disk(large, H200)["token store"] == int((1.05 * 40_960 + H200.eval_tokens) * 4.02)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -289,6 +291,26 @@ def test_a_dry_run_for_another_machine_costs_nothing(recipe, monkeypatch, tmp_pa
     assert known["plan"]["parameters"] == 286_261_705
     assert known["prediction"]["num_devices"] == 4
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(("packing", "share"), [("best_fit_whole", 1.05), ("best_fit", 1.5), ("contiguous", 1.05)])
+def test_another_machine_makes_the_store_with_its_own_cores(recipe, monkeypatch, tmp_path, packing, share):
+    monkeypatch.setattr(recipe, "count_cores", lambda: 2)
+    options = ["--device_name", "H200", "--packing", packing, "--plan_json", str(tmp_path / "plan.json")]
+    dry_run(recipe, monkeypatch, tmp_path / "run", *options)
+    known = read_json(tmp_path / "plan.json")
+    tokens = share * known["plan"]["train_tokens"]
+    assert known["prediction"]["seconds"]["tokenizing"] == pytest.approx(tokens * 4.45 / (16 * 9e6))
+    assert known["prediction"]["disk"]["token store"] == int((tokens + 20 * 2**19) * 2.02)
+
+
+def test_this_machine_makes_the_store_with_the_cores_there_are(recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipe, "count_cores", lambda: 3)
+    options = "--depth 2 --head_dim 32 --sequence_length 32 --total_batch_tokens 64 --max_steps 3 --vocab_size 2048"
+    options += f" --mixed_precision no --plan_json {tmp_path / 'plan.json'}"
+    dry_run(recipe, monkeypatch, tmp_path / "run", *options.split())
+    seconds = read_json(tmp_path / "plan.json")["prediction"]["seconds"]["tokenizing"]
+    assert seconds == pytest.approx(1.05 * 192 * 3.31 / (3 * 9e6))
 
 
 def test_a_dry_run_here_times_the_model(recipe, monkeypatch, tmp_path, capsys):

@@ -36,7 +36,6 @@ PASSING = frozenset({"gradients", "activations", "logits", "head", "update", "va
 # The error of the sum: on a CPU the resident set was 0.97 to 1.10 times the prediction (docs/experiments.md).
 MEMORY_FACTOR = 1.25
 
-STORE_SHARE = 1.5  # best-fit rows leave out ends of documents, so more tokens are stored than are trained on
 OFFSET_BYTES = 0.02  # a token, at about 400 tokens a document
 
 
@@ -123,7 +122,7 @@ def predict_disk(plan: RunPlan, setup: Setup) -> dict[str, int]:
     """Bytes on the disk by what they are for; the third checkpoint is there while it replaces the first."""
     token_bytes = (2 if plan.model["vocab_size"] <= 2**16 else 4) + OFFSET_BYTES
     return {
-        "token store": int((STORE_SHARE * plan.train_tokens + setup.eval_tokens) * token_bytes),
+        "token store": int((setup.store_share * plan.train_tokens + setup.eval_tokens) * token_bytes),
         "checkpoints": (CHECKPOINTS_KEPT + 1) * checkpoint_bytes(plan, setup),
         "final model": plan.parameters * setup.value_bytes,
     }

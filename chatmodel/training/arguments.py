@@ -13,6 +13,8 @@ from chatmodel.scaling import RunPlan, plan_run
 
 COUNTS = ("eval_every", "eval_tokens", "core_every", "sample_every", "save_every", "log_every")
 TIMES = ("save_every_minutes", "data_timeout", "rank_timeout")
+# Tokens that are stored for each one that is trained on: best-fit rows leave out the ends of long documents.
+STORE_SHARES = {"best_fit": 1.5, "best_fit_whole": 1.05, "contiguous": 1.05}
 
 
 @dataclass
@@ -83,6 +85,8 @@ class PretrainArguments:
         for name in TIMES:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.packing not in STORE_SHARES:
+            raise UserError(f"packing={self.packing!r} is unknown; choose one of {', '.join(STORE_SHARES)}")
         bundle = self.eval_bundle
         if bundle is not None and not (is_address(bundle) or find_place(bundle).exists()):
             raise UserError(f"eval_bundle {bundle} does not exist; leave it out, or {HOW_TO_GET_BUNDLE}")
@@ -115,8 +119,7 @@ def open_stores(
         args.dataset,
         tokenizer,
         run.folder("data"),
-        # Rows may leave out the ends of long documents, so more text is read than is trained on.
-        max_train_tokens=int((1.5 if args.packing == "best_fit" else 1.05) * plan.train_tokens),
+        max_train_tokens=int(STORE_SHARES[args.packing] * plan.train_tokens),
         max_validation_tokens=args.eval_tokens,
         text_column=args.text_column,
         rebuild=not list_checkpoints(run.checkpoints("base")),
