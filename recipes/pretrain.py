@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
 
+from chatmodel.data.corpus import check_corpus
 from chatmodel.devices import describe_device, describe_named
 from chatmodel.estimate.memory import largest_batch
 from chatmodel.estimate.prediction import Prediction, check_resources, predict_run
@@ -77,6 +78,8 @@ def build_setup(
     """How the plan would run on the accelerator's device, or on the named one without an accelerator."""
     if accelerator is None:
         device = describe_named(str(asked.device_name))
+        if args.fp8 and device.datasheet is not None and not device.datasheet.has_fp8:
+            raise UserError(f"the {device.name} has no 8-bit floats; leave fp8 out")
         precision, num_devices, divided = args.mixed_precision or "bf16", asked.num_devices or 1, False
         cores = EXPECTED_CORES
         logger.info(
@@ -86,10 +89,11 @@ def build_setup(
         device = describe_device(accelerator.device)
         precision, num_devices, cores = accelerator.mixed_precision, accelerator.num_processes, count_cores()
         divided = accelerator.distributed_type == DistributedType.FSDP
+        args.check_device(accelerator.device, divided=divided)
     setup = Setup(
         device=device,
         precision=precision,
-        compiled=device.kind == "cuda" if args.compile is None else args.compile,
+        compiled=args.compiles_on(device.kind),
         device_batch_size=plan.fit_rows(args.device_batch_size, num_devices),
         num_devices=num_devices,
         divided=divided,
@@ -126,6 +130,7 @@ def main() -> None:
     asked.check(dry_run=args.dry_run)
     run = Run(args.run_dir)
     if args.dry_run:
+        check_corpus(args.dataset, on_bad_shard=args.on_bad_shard)
         accelerator = build_accelerator(args) if asked.device_name is None else None
         plan, setup, prediction = predict(args, asked, run, accelerator)
         if accelerator is None or accelerator.is_main_process:
@@ -135,6 +140,7 @@ def main() -> None:
     stage = run.begin("base")
     if stage is None:
         return
+    check_corpus(args.dataset, on_bad_shard=args.on_bad_shard)
     accelerator = build_accelerator(args)
     prediction = None
     if accelerator.device.type == "cuda":

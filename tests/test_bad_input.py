@@ -75,10 +75,14 @@ def recipe(run, monkeypatch, capsys):
         ({"eval_every": 0}, "eval_every=0"),
         ({"tracker": "paper"}, "paper"),
         ({"mixed_precision": "fp8"}, "fp8"),
+        ({"fp8": "true"}, "fp8 needs "),
+        ({"lr_fraction": -1}, "lr_fraction=-1.0"),
+        ({"on_bad_shard": "never"}, "on_bad_shard='never'"),
     ],
 )
-def test_pretraining(recipe, tmp_path, options, named):
+def test_pretraining(recipe, run, tmp_path, options, named):
     assert named in recipe("pretrain.py", **({"dataset": tmp_path / "text", "train_tokens": 256} | TINY | options))
+    assert run.folder("data").exists() == ("sequence_length" in options), "only this needs the text to be known"
 
 
 def test_an_empty_folder(recipe, tmp_path):

@@ -4,17 +4,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from chatmodel.checkpoint import list_checkpoints
+from chatmodel.data.shards import BAD_SHARD_POLICIES
 from chatmodel.data.store import TokenStore, ensure_token_store
 from chatmodel.evaluation.bundle import HOW_TO_GET_BUNDLE, find_place, is_address
+from chatmodel.kernels.fp8 import check_fp8
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError
-from chatmodel.scaling import RunPlan, plan_run
+from chatmodel.scaling import RECIPES, RunPlan, check_positive, plan_run
 
-COUNTS = ("eval_every", "eval_tokens", "core_every", "sample_every", "save_every", "log_every")
+COUNTS = ("eval_every", "eval_tokens", "core_every", "sample_every", "save_every", "log_every", "device_batch_size")
 TIMES = ("save_every_minutes", "data_timeout", "rank_timeout")
 # Tokens that are stored for each one that is trained on: best-fit rows leave out the ends of long documents.
 STORE_SHARES = {"best_fit": 1.5, "best_fit_whole": 1.05, "contiguous": 1.05}
+CHOICES = {
+    "recipe": RECIPES,
+    "packing": tuple(STORE_SHARES),
+    "on_bad_shard": BAD_SHARD_POLICIES,
+    "mixed_precision": ("bf16", "no"),
+}
 
 
 @dataclass
@@ -82,14 +92,24 @@ class PretrainArguments:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in TIMES:
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
-        if self.packing not in STORE_SHARES:
-            raise UserError(f"packing={self.packing!r} is unknown; choose one of {', '.join(STORE_SHARES)}")
+        check_positive(lr_fraction=self.lr_fraction, **{name: getattr(self, name) for name in TIMES})
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in (None, *choices):
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
         bundle = self.eval_bundle
         if bundle is not None and not (is_address(bundle) or find_place(bundle).exists()):
             raise UserError(f"eval_bundle {bundle} does not exist; leave it out, or {HOW_TO_GET_BUNDLE}")
+
+    def compiles_on(self, kind: str) -> bool:
+        """Whether the model is compiled on such a device: "cuda", "mps" or "cpu"."""
+        return kind == "cuda" if self.compile is None else self.compile
+
+    def check_device(self, device: torch.device, *, divided: bool) -> None:
+        """Refuse what a device cannot do, or what does not go with weights divided among ranks by FSDP."""
+        if self.fp8:
+            check_fp8(device, compiled=self.compiles_on(device.type), divided=divided)
+        if self.auto_batch and divided:
+            raise UserError("auto_batch cannot try sizes on weights divided by FSDP; set device_batch_size instead")
 
     def plan(self, vocab_size: int) -> RunPlan:
         """The plan these arguments lead to."""

@@ -37,10 +37,8 @@ def choose_device_batch_size(step: TrainStep, ranks: Ranks, *, compiled: bool) -
     """The most rows, a power of two, that every rank can hold; what was found is logged.
 
     Raises:
-        UserError: not even one row fits, or the weights are divided among ranks.
+        UserError: not even one row fits.
     """
-    if step.divided:
-        raise UserError("auto_batch cannot try sizes on weights divided by FSDP; set device_batch_size instead")
     candidates = list_candidates(step.plan, ranks.count)
     guess = guess_rows(step, ranks, compiled=compiled)
     on_cuda = ranks.device.type == "cuda"

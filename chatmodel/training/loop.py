@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from chatmodel.checkpoint import CheckpointWriter, latest_checkpoint, read_checkpoint
 from chatmodel.data.rows import PackedRows
@@ -42,9 +42,12 @@ class Pretraining:
     def __init__(self, args: PretrainArguments, run: Run, accelerator: Accelerator) -> None:
         self.args, self.run, self.accelerator = args, run, accelerator
         self.device = accelerator.device
+        args.check_device(self.device, divided=accelerator.distributed_type == DistributedType.FSDP)
         self.ranks = Ranks(accelerator, timeout=args.rank_timeout)
         self.tokenizer = load_tokenizer(run.folder("tokenizer"))
         self.plan = args.plan(len(self.tokenizer))
+        asked = 1 if args.auto_batch else args.device_batch_size
+        self.device_batch_size = fit_device_batch_size(self.plan, asked, self.ranks.count)
         self.checkpoints = run.checkpoints("base")
         with self.ranks.explain_lost_rank(self.checkpoints), self.ranks.main_first():
             self.train_store, self.validation_store = open_stores(
@@ -59,8 +62,6 @@ class Pretraining:
                 calculator=calculator_table(self.tokenizer),
             )
         )
-        asked = 1 if args.auto_batch else args.device_batch_size
-        self.device_batch_size = fit_device_batch_size(self.plan, asked, self.ranks.count)
         self.train_step = TrainStep(
             self.model,
             self.plan,
@@ -278,7 +279,7 @@ class Pretraining:
         size = self.device_batch_size
         if self.args.auto_batch:
             known = self.state.device_batch_size if self.state.world_size == self.ranks.count else 0
-            compiled = self.device.type == "cuda" if self.args.compile is None else self.args.compile
+            compiled = self.args.compiles_on(self.device.type)
             size = known or choose_device_batch_size(self.train_step, self.ranks, compiled=compiled)
             self.train_step.accumulation = self.plan.accumulation_steps(size, self.ranks.count)
         self.state.device_batch_size, self.state.world_size = size, self.ranks.count
