@@ -41,6 +41,7 @@ NEUTRAL_SETTINGS = frozenset(
             "auto_batch",
             "hourly_rate",
             "preview_masks",
+            "accept_changes",
         ),
     }
 )
@@ -70,13 +71,19 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def begin(
-        self, stage: str, *, inputs: Sequence[str] | None = None, settings: dict[str, Any] | None = None
+        self,
+        stage: str,
+        *,
+        inputs: Sequence[str] | None = None,
+        settings: dict[str, Any] | None = None,
+        accept_changes: bool | None = None,
     ) -> "Stage | None":
         """Open a stage for work; None when it is already finished with these settings.
 
         Args:
             inputs: stages whose artefacts this one reads, by default those of `STAGE_INPUTS`; they must be finished.
             settings: what was asked for; by default read from the command line and its `--config` file.
+            accept_changes: whether a stage that was begun goes on with other settings; None where that is no option.
 
         Raises:
             UserError: an input is not finished, or the stage was made or begun with other settings or inputs.
@@ -86,7 +93,13 @@ class Run:
             logger.info("%s: already finished in %s, nothing to do", stage, self.run_dir)
             return None
         if opened.marker.exists() and any(self.checkpoints(stage).glob("*")):
-            self._refuse_change(opened, read_json(opened.marker), "was begun")
+            begun = read_json(opened.marker)
+            if accept_changes:
+                begun["settings"] = opened.settings
+            instead = "" if accept_changes is None else ", or add --accept_changes to go on with the change"
+            self._refuse_change(opened, begun, "was begun", instead=instead)
+            if accept_changes:
+                write_json(opened.marker, begun)
         else:
             # Without a checkpoint nothing is lost, so a corrected command simply begins anew.
             write_json(opened.marker, {"settings": opened.settings, "inputs": opened.inputs, "started": _now()})
@@ -117,7 +130,7 @@ class Run:
             )
         return str(result["id"])
 
-    def _refuse_change(self, stage: "Stage", earlier: dict[str, Any], happened: str) -> None:
+    def _refuse_change(self, stage: "Stage", earlier: dict[str, Any], happened: str, *, instead: str = "") -> None:
         results = self.folder("results") / stage.name
         places = f"{results}.*, {stage.folder} and {self.checkpoints(stage.name)}"
         mend = f"choose another --run_dir, or delete {places} to do it again"
@@ -128,7 +141,9 @@ class Run:
                 for key in sorted(made_with.keys() | stage.settings.keys())
                 if made_with.get(key) != stage.settings.get(key)
             ]
-            raise UserError(f"stage {stage.name} in {self.run_dir} {happened} with {'; '.join(changed)}: {mend}")
+            raise UserError(
+                f"stage {stage.name} in {self.run_dir} {happened} with {'; '.join(changed)}: {mend}{instead}"
+            )
         if earlier["inputs"] != stage.inputs:
             changed = [key for key, value in stage.inputs.items() if earlier["inputs"].get(key) != value]
             raise UserError(

@@ -137,7 +137,7 @@ def main() -> None:
             write_plan(args, asked, plan, prediction)
         check_resources(plan, setup, prediction, run)
         return
-    stage = run.begin("base")
+    stage = run.begin("base", accept_changes=args.accept_changes)
     if stage is None:
         return
     check_corpus(args.dataset, on_bad_shard=args.on_bad_shard)

@@ -60,6 +60,22 @@ def test_an_interrupted_stage_continues_only_with_its_settings(run):
         run.begin("base", settings={"depth": 3})
 
 
+def test_a_change_that_is_accepted_is_the_stages_setting_from_then_on(run):
+    finish(run, "tokenizer")
+    run.begin("base", settings={"depth": 2, "lr_fraction": 1.0})
+    (run.checkpoints("base") / "step-00000001").mkdir(parents=True)
+    changed = {"depth": 2, "lr_fraction": 0.5}
+    with pytest.raises(UserError, match=r"lr_fraction=1\.0, now 0\.5: .*, or add --accept_changes to go on"):
+        run.begin("base", settings=changed, accept_changes=False)
+    assert run.begin("base", settings=changed | {"accept_changes": True}, accept_changes=True) is not None
+    again = run.begin("base", settings=changed, accept_changes=False)
+    again.finish({})
+    assert run.read_result("base")["settings"] == changed
+    with pytest.raises(UserError, match="was made with") as refused:  # what is finished is not changed any more
+        run.begin("base", settings={"depth": 2}, accept_changes=True)
+    assert "accept_changes" not in str(refused.value)
+
+
 def test_a_missing_input_is_named(run):
     with pytest.raises(UserError, match="stage base needs stage tokenizer"):
         run.begin("base", settings={})

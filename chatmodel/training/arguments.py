@@ -11,7 +11,7 @@ from chatmodel.data.shards import BAD_SHARD_POLICIES
 from chatmodel.data.store import TokenStore, ensure_token_store
 from chatmodel.evaluation.bundle import HOW_TO_GET_BUNDLE, find_place, is_address
 from chatmodel.kernels.fp8 import check_fp8
-from chatmodel.runs import Run
+from chatmodel.runs import Run, leave_out_neutral
 from chatmodel.runtime import UserError
 from chatmodel.scaling import RECIPES, RunPlan, check_positive, plan_run
 
@@ -84,6 +84,9 @@ class PretrainArguments:
     log_every: int = field(default=10, metadata={"help": "Steps between log lines."})
     data_timeout: float = field(default=300.0, metadata={"help": "Most seconds to wait for a batch."})
     rank_timeout: float = field(default=600.0, metadata={"help": "Most seconds that one rank waits for another."})
+    accept_changes: bool = field(
+        default=False, metadata={"help": "Go on with a run that was begun with other settings; both are recorded."}
+    )
     tracker: str | None = field(default=None, metadata={"help": "'tensorboard', 'wandb' or 'trackio'."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop."})
 
@@ -99,6 +102,10 @@ class PretrainArguments:
         bundle = self.eval_bundle
         if bundle is not None and not (is_address(bundle) or find_place(bundle).exists()):
             raise UserError(f"eval_bundle {bundle} does not exist; leave it out, or {HOW_TO_GET_BUNDLE}")
+
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on, as plain values: a checkpoint holds them, to tell later what was changed."""
+        return leave_out_neutral({k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()})
 
     def compiles_on(self, kind: str) -> bool:
         """Whether the model is compiled on such a device: "cuda", "mps" or "cpu"."""

@@ -240,6 +240,7 @@ class Pretraining:
         with self._time_out():
             run_state = {
                 "state": self.state.state_dict(),
+                "settings": self.args.settings(),
                 "rows": self.loader.position,
                 "randomness": self.ranks.gather(capture_randomness(self.device)),
             }
@@ -258,19 +259,23 @@ class Pretraining:
             return
         parts = read_checkpoint(Path(folder))
         run_state = parts.pop("run")
-        try:
-            self.train_step.load_state_dict(divide_state(parts, self.train_step))
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"checkpoint {folder} does not fit this model ({str(error).splitlines()[0]}); it is probably another "
-                f"version's: delete {self.checkpoints} to begin anew"
-            ) from None
         self.state.load_state_dict(run_state["state"])
+        changed = self.state.note_changes(run_state.get("settings", {}), self.args.settings())
+        try:
+            self.train_step.load_state_dict(divide_state(parts, self.train_step), new_plan=bool(changed))
+        except (KeyError, ValueError, RuntimeError) as error:
+            why = f"set back what was changed ({changed})" if changed else "it is probably another version's"
+            raise UserError(
+                f"checkpoint {folder} does not fit this model ({str(error).splitlines()[0]}); {why}, or delete "
+                f"{self.checkpoints} to begin anew"
+            ) from None
+        if self.state.step > self.plan.steps:
+            raise UserError(f"checkpoint {folder} is behind the last of {self.plan.steps} steps; ask for more of them")
         self.rows.load_state_dict(run_state["rows"])
         ranks_before = run_state["randomness"]
         restore_randomness(ranks_before[self.ranks.rank % len(ranks_before)], self.device)
         self.saved_step = self.state.step
-        logger.info("continuing from %s", folder)
+        logger.info("continuing from %s%s", folder, f", changed: {changed}" if changed else "")
         if self.state.world_size != self.ranks.count:
             logger.info("it was saved by %d ranks, now there are %d", self.state.world_size, self.ranks.count)
 
@@ -333,10 +338,11 @@ class Pretraining:
             self.loader.position = begin
             self._save()
         self.writer.wait()
+        place = f"; go on from the last good state, in {self.checkpoints}, with --accept_changes"
         self.ranks.end_together(
             f"the loss became {result.loss} and the gradient's norm {result.gradient_norm} at step {self.state.step}, "
-            f"before its update: {verdict}; the address is in {address}, and the last good state "
-            f"in {self.checkpoints}: check the data, lower lr_fraction or set mixed_precision to 'no'"
+            f"before its update: {verdict}; the address is in {address}: check the data, lower lr_fraction or set "
+            f"mixed_precision to 'no'{', then start again' if self.saved_step is None else place}"
         )
 
     def finish(self, stage: Stage, *, prediction: dict[str, Any] | None) -> None:
