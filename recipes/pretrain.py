@@ -16,13 +16,23 @@ from chatmodel.estimate.setup import EXPECTED_CORES, Setup
 from chatmodel.estimate.speed import time_model
 from chatmodel.report.prediction import describe_plan
 from chatmodel.runs import Run
-from chatmodel.runtime import UserError, choose_precision, entry_point, logger, parse_arguments, write_json
+from chatmodel.runtime import (
+    UserError,
+    choose_precision,
+    default_settings,
+    entry_point,
+    logger,
+    parse_arguments,
+    write_json,
+)
 from chatmodel.scaling import RunPlan
 from chatmodel.tokenizer import load_tokenizer
 from chatmodel.training.arguments import STORE_SHARES, PretrainArguments
 from chatmodel.training.loop import Pretraining
 from chatmodel.training.ranks import join_ranks
 from chatmodel.workers import count_cores
+
+VOCAB_SIZE = 32_768  # of the presets for GPUs
 
 
 @dataclass
@@ -32,14 +42,14 @@ class PredictionArguments:
     hourly_rate: float | None = field(default=None, metadata={"help": "US dollars an hour of the whole machine."})
     device_name: str | None = field(default=None, metadata={"help": "--dry_run for another GPU, e.g. 'RTX 4090'."})
     num_devices: int | None = field(default=None, metadata={"help": "--dry_run for so many of --device_name."})
-    vocab_size: int = field(default=32_768, metadata={"help": "--dry_run before there is a tokenizer."})
+    vocab_size: int | None = field(default=None, metadata={"help": "--dry_run before there is a tokenizer; 32,768."})
     measure: bool = field(default=False, metadata={"help": "--dry_run by steps of the model itself, not by estimate."})
     plan_json: Path | None = field(default=None, metadata={"help": "--dry_run also writes all it knows here."})
 
     def check(self, *, dry_run: bool) -> None:
         """Refuse what cannot be or has no meaning."""
-        for name in ("device_name", "measure", "plan_json"):
-            if getattr(self, name) and not dry_run:
+        for name in ("device_name", "measure", "plan_json", "vocab_size"):
+            if getattr(self, name) not in (None, False) and not dry_run:
                 raise UserError(f"{name} is for a dry run; add --dry_run or leave it out")
         for name in ("hourly_rate", "num_devices", "vocab_size"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
@@ -64,10 +74,11 @@ def build_accelerator(args: PretrainArguments) -> Accelerator:
         ) from None
 
 
-def find_vocab_size(run: Run, expected: int) -> int:
+def find_vocab_size(run: Run, expected: int | None) -> int:
     """Of the run's tokenizer, or what is expected of it, so that a plan costs nothing."""
     if run.folder("tokenizer").exists():
         return len(load_tokenizer(run.folder("tokenizer")))
+    expected = VOCAB_SIZE if expected is None else expected
     logger.info("%s has no tokenizer yet, so the plan is made for vocab_size=%d", run.run_dir, expected)
     return expected
 
@@ -137,7 +148,8 @@ def main() -> None:
             write_plan(args, asked, plan, prediction)
         check_resources(plan, setup, prediction, run)
         return
-    stage = run.begin("base", accept_changes=args.accept_changes)
+    defaults = default_settings(PretrainArguments, PredictionArguments)
+    stage = run.begin("base", defaults=defaults, accept_changes=args.accept_changes)
     if stage is None:
         return
     check_corpus(args.dataset, on_bad_shard=args.on_bad_shard)

@@ -85,6 +85,21 @@ def test_pretraining(recipe, run, tmp_path, options, named):
     assert run.folder("data").exists() == ("sequence_length" in options), "only this needs the text to be known"
 
 
+def test_a_default_that_is_written_out_is_no_change(run, tmp_path, monkeypatch):
+    options = {"dataset": tmp_path / "text", "train_tokens": 128, "eval_tokens": 64, "compile": "false"} | TINY
+
+    def start(**changes):
+        arguments = [f"--{key}={value}" for key, value in (options | changes).items()]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", f"--run_dir={run.run_dir}", *arguments])
+        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+        return run.read_result("base")
+
+    made = start()
+    assert start(seed=42, eval_every=3)["id"] == made["id"]
+    with pytest.raises(SystemExit):
+        start(seed=43)
+
+
 def test_an_empty_folder(recipe, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty" in recipe("pretrain.py", dataset=tmp_path / "empty", train_tokens=256, **TINY)

@@ -369,6 +369,9 @@ def test_what_is_for_a_dry_run_is_refused_without(recipe, monkeypatch, tmp_path)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--run_dir", str(tmp_path), "--device_name", "H200"])
     with pytest.raises(UserError, match="device_name is for a dry run"):
         recipe.main()
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--run_dir", str(tmp_path), "--vocab_size", "32768"])
+    with pytest.raises(UserError, match="vocab_size is for a dry run"):
+        recipe.main()
 
 
 def test_a_dry_run_chooses_the_batch_it_is_to_find(recipe, monkeypatch, tmp_path, capsys):
