@@ -25,12 +25,14 @@ class Datasheet:
         memory_bytes: as PyTorch reports it, a little less than on the box.
         matmul_share: share of `flops` that products of width 768 reach. Server cards lose more on small products than
             gaming cards, whose rate is far lower for the same memory.
+        has_fp8: whether it multiplies 8-bit floats.
     """
 
     flops: float
     bytes_per_second: float
     memory_bytes: int
     matmul_share: float
+    has_fp8: bool = True
 
 
 # The first name that occurs in the device's name counts. The H200's share is measured (docs/experiments.md: 590 to 662
@@ -40,11 +42,11 @@ DATASHEETS = {
     "H200": Datasheet(989e12, 4.8e12, int(139.8 * 2**30), 0.63),
     "H100": Datasheet(989e12, 3.35e12, int(79.1 * 2**30), 0.63),
     "B200": Datasheet(2250e12, 8.0e12, 178 * 2**30, 0.55),
-    "A100": Datasheet(312e12, 2.04e12, int(79.1 * 2**30), 0.75),
+    "A100": Datasheet(312e12, 2.04e12, int(79.1 * 2**30), 0.75, has_fp8=False),
     "L40S": Datasheet(362e12, 0.864e12, int(44.4 * 2**30), 0.6),
     "RTX 5090": Datasheet(209.5e12, 1.79e12, int(31.4 * 2**30), 0.9),
     "RTX 4090": Datasheet(165.2e12, 1.01e12, int(23.5 * 2**30), 0.9),
-    "RTX 3090": Datasheet(71e12, 0.936e12, int(23.6 * 2**30), 0.9),
+    "RTX 3090": Datasheet(71e12, 0.936e12, int(23.6 * 2**30), 0.9, has_fp8=False),
 }
 COPY_SHARE = 0.88  # of the datasheet's bytes a second that a copy reaches: 4.24 of 4.8 TB/s measured on the H200
 

@@ -27,8 +27,9 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
 # Beside the pipeline: a stage that is begun by hand.
 OPTIONAL_INPUTS: dict[str, tuple[str, ...]] = {"dpo": ("sft",), "dpo_eval": ("dpo",)}
 
-# Where the run lies, how it is watched and kept, and how many rows a device holds at once (the rows of a step are the
-# same) change no result, so changing them is no changed setting: a run that was stopped can go on with them.
+# Where the run lies, how it is watched and kept, when it is measured on the way, and how many rows a device holds at
+# once (the rows of a step are the same) change no model, so changing them is no changed setting: a run that was
+# stopped can go on with them.
 NEUTRAL_SETTINGS = frozenset(
     {
         *("run_dir", "tracker", "report_to", "logging_steps", "log_every", "overwrite"),
@@ -40,10 +41,17 @@ NEUTRAL_SETTINGS = frozenset(
             "device_batch_size",
             "auto_batch",
             "hourly_rate",
+            "eval_every",
+            "core_every",
+            "sample_every",
             "preview_masks",
+            "accept_changes",
         ),
     }
 )
+# What is measured at a stage's end depends on these: they count once it is finished.
+MEASURED_AT_END = {"base": frozenset({"eval_bundle", "core_max_per_task"})}
+WORDS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -70,23 +78,40 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def begin(
-        self, stage: str, *, inputs: Sequence[str] | None = None, settings: dict[str, Any] | None = None
+        self,
+        stage: str,
+        *,
+        inputs: Sequence[str] | None = None,
+        settings: dict[str, Any] | None = None,
+        defaults: dict[str, Any] | None = None,
+        accept_changes: bool | None = None,
     ) -> "Stage | None":
         """Open a stage for work; None when it is already finished with these settings.
 
         Args:
             inputs: stages whose artefacts this one reads, by default those of `STAGE_INPUTS`; they must be finished.
             settings: what was asked for; by default read from the command line and its `--config` file.
+            defaults: what is meant where nothing is asked for; kept with the result.
+            accept_changes: whether a stage that was begun goes on with other settings; None where that is no option.
 
         Raises:
             UserError: an input is not finished, or the stage was made or begun with other settings or inputs.
         """
         opened = self._open(stage, inputs, requested_settings(sys.argv[1:]) if settings is None else settings)
+        opened.defaults = leave_out_neutral(defaults or {})
         if self._is_finished(opened):
             logger.info("%s: already finished in %s, nothing to do", stage, self.run_dir)
             return None
         if opened.marker.exists() and any(self.checkpoints(stage).glob("*")):
-            self._refuse_change(opened, read_json(opened.marker), "was begun")
+            begun = read_json(opened.marker)
+            if accept_changes:
+                begun["settings"] = opened.settings
+            instead = "" if accept_changes is None else ", or add --accept_changes to go on with the change"
+            self._refuse_change(
+                opened, begun, "was begun", instead=instead, ignore=MEASURED_AT_END.get(stage, frozenset())
+            )
+            if accept_changes:
+                write_json(opened.marker, begun)
         else:
             # Without a checkpoint nothing is lost, so a corrected command simply begins anew.
             write_json(opened.marker, {"settings": opened.settings, "inputs": opened.inputs, "started": _now()})
@@ -117,22 +142,32 @@ class Run:
             )
         return str(result["id"])
 
-    def _refuse_change(self, stage: "Stage", earlier: dict[str, Any], happened: str) -> None:
+    def _refuse_change(
+        self,
+        stage: "Stage",
+        earlier: dict[str, Any],
+        happened: str,
+        *,
+        instead: str = "",
+        ignore: frozenset[str] = frozenset(),
+    ) -> None:
         results = self.folder("results") / stage.name
         places = f"{results}.*, {stage.folder} and {self.checkpoints(stage.name)}"
         mend = f"choose another --run_dir, or delete {places} to do it again"
         made_with = leave_out_neutral(earlier["settings"])  # an older version may have counted more
-        if made_with != stage.settings:
-            changed = [
+        changed = find_changed(made_with, stage.settings, stage.defaults or earlier.get("defaults", {})) - ignore
+        if changed:
+            changes = [
                 f"{key}={made_with.get(key, 'unset')}, now {stage.settings.get(key, 'unset')}"
-                for key in sorted(made_with.keys() | stage.settings.keys())
-                if made_with.get(key) != stage.settings.get(key)
+                for key in sorted(changed)
             ]
-            raise UserError(f"stage {stage.name} in {self.run_dir} {happened} with {'; '.join(changed)}: {mend}")
-        if earlier["inputs"] != stage.inputs:
-            changed = [key for key, value in stage.inputs.items() if earlier["inputs"].get(key) != value]
             raise UserError(
-                f"stage {stage.name} in {self.run_dir} {happened} from another {', '.join(changed)}: {mend}"
+                f"stage {stage.name} in {self.run_dir} {happened} with {'; '.join(changes)}: {mend}{instead}"
+            )
+        if earlier["inputs"] != stage.inputs:
+            others = [key for key, value in stage.inputs.items() if earlier["inputs"].get(key) != value]
+            raise UserError(
+                f"stage {stage.name} in {self.run_dir} {happened} from another {', '.join(others)}: {mend}"
             )
 
 
@@ -145,6 +180,7 @@ class Stage:
     settings: dict[str, Any]
     inputs: dict[str, str]
     started: str = field(default_factory=lambda: _now())
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -173,6 +209,7 @@ class Stage:
                 "id": self.id,
                 "command": " ".join(["python", *sys.argv]),
                 "settings": self.settings,
+                "defaults": self.defaults,
                 "inputs": self.inputs,
                 "started": self.started,
                 "finished": finished,
@@ -188,6 +225,22 @@ class Stage:
 def leave_out_neutral(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a result depends on."""
     return {key: value for key, value in settings.items() if key not in NEUTRAL_SETTINGS}
+
+
+def find_changed(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> set[str]:
+    """The settings that say something else, not only in another spelling."""
+    both = (defaults | before, defaults | now)
+    return {key for key in both[0].keys() | both[1].keys() if _meaning(both[0].get(key)) != _meaning(both[1].get(key))}
+
+
+def _meaning(value: Any) -> Any:
+    """What a setting says, however it is written: `no` is false, and 1e8 is 100000000."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return WORDS.get(value.lower(), float(value))
+    except ValueError:
+        return WORDS.get(value.lower(), value)
 
 
 def publish_folder(made: Path, target: Path) -> None:

@@ -180,6 +180,42 @@ def find_models(run_dir: Path) -> list[str]:
     return [str(run_dir / stage) for stage in MODEL_STAGES if (run_dir / stage / "config.json").is_file()]
 
 
+def read_config(path: str) -> dict[str, Any]:
+    """The settings of a YAML file, in which `no` and the like, which can be a name, stay as they are written.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping.
+    """
+    try:
+        text = Path(path).read_text()
+        settings, words = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # the second leaves all as text
+    except OSError:
+        raise UserError(f"config file {path} does not exist; --config takes the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict | None):
+        raise UserError(f"config file {path} is no YAML mapping; its lines are written name: value")
+    return {key: _keep_word(value, words.get(key)) for key, value in (settings or {}).items()}
+
+
+def read_word(text: str) -> Any:
+    """A value of the command line as YAML reads it, but for `no` and the like, which can be a name."""
+    try:
+        return _keep_word(yaml.safe_load(text), text)
+    except yaml.YAMLError:
+        return text
+
+
+def _keep_word(value: Any, word: Any) -> Any:
+    return word if isinstance(value, bool) and str(word).lower() not in ("true", "false") else value
+
+
+def default_settings(*dataclasses: Any) -> dict[str, Any]:
+    """What is meant where nothing is asked for: the fields' defaults, those that JSON can hold."""
+    defaults = {field.name: field.default for dataclass in dataclasses for field in fields(dataclass)}
+    return {name: value for name, value in defaults.items() if isinstance(value, bool | int | float | str | None)}
+
+
 def requested_settings(arguments: list[str]) -> dict[str, Any]:
     """What was asked for on a command line: the `--config` file's keys, overridden by the flags.
 
@@ -195,14 +231,9 @@ def requested_settings(arguments: list[str]) -> dict[str, Any]:
         while not has_equals and position < len(arguments) and not arguments[position].startswith("--"):
             values.append(arguments[position])
             position += 1
-        flags[name.replace("-", "_")] = [yaml.safe_load(v) for v in values]
+        flags[name.replace("-", "_")] = [value if name == "config" else read_word(value) for value in values]
     for path in flags.pop("config", []):
-        try:
-            settings |= yaml.safe_load(Path(path).read_text()) or {}
-        except OSError:
-            raise UserError(f"config file {path} does not exist; give --config a YAML file") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        settings |= read_config(path)
     for name, values in flags.items():
         settings[name] = True if not values else values[0] if len(values) == 1 else values
     return settings

@@ -71,23 +71,43 @@ class RunPlan:
         """The model's configuration; `token_ids` are what only the tokenizer knows (bos_token_id ...)."""
         return GPTConfig(**self.model, **token_ids)
 
-    def accumulation_steps(self, device_batch_size: int, world_size: int) -> int:
-        """How many micro-batches of `device_batch_size` rows each rank adds up for one step.
+    def rank_rows(self, world_size: int) -> int:
+        """The rows of each rank's part of a step.
 
         Raises:
-            UserError: the total batch is not divisible.
+            UserError: a step's rows cannot be divided evenly.
+        """
+        rows = self.total_batch_tokens // self.sequence_length
+        if rows % world_size:
+            raise UserError(
+                f"a step of total_batch_tokens={self.total_batch_tokens} is {rows} rows of {self.sequence_length} "
+                f"tokens, which {world_size} processes cannot share evenly; change their number or total_batch_tokens"
+            )
+        return rows // world_size
+
+    def fit_rows(self, device_batch_size: int, world_size: int) -> int:
+        """The most rows, `device_batch_size` at most, that divide each rank's part of a step.
+
+        Raises:
+            UserError: there is no such number.
         """
         if device_batch_size < 1:
             raise UserError(f"device_batch_size={device_batch_size} must be at least 1")
-        micro_tokens = device_batch_size * self.sequence_length * world_size
-        accumulation, rest = divmod(self.total_batch_tokens, micro_tokens)
-        if rest or not accumulation:
+        rows = self.rank_rows(world_size)
+        return next(size for size in range(min(device_batch_size, rows), 0, -1) if rows % size == 0)
+
+    def accumulation_steps(self, device_batch_size: int, world_size: int) -> int:
+        """How many micro-batches of exactly `device_batch_size` rows each rank adds up for one step.
+
+        Raises:
+            UserError: the rows cannot be divided evenly.
+        """
+        if self.fit_rows(device_batch_size, world_size) != device_batch_size:
             raise UserError(
-                f"total_batch_tokens={self.total_batch_tokens} is no multiple of device_batch_size x sequence_length "
-                f"x processes = {device_batch_size} x {self.sequence_length} x {world_size} = {micro_tokens}; "
-                "change device_batch_size or total_batch_tokens"
+                f"device_batch_size={device_batch_size} does not divide the {self.rank_rows(world_size)} rows of "
+                f"{self.sequence_length} tokens that a step has for each process; change it or total_batch_tokens"
             )
-        return accumulation
+        return self.rank_rows(world_size) // device_batch_size
 
     def describe(self) -> str:
         """The plan in a sentence."""

@@ -242,10 +242,15 @@ class TrainStep:
             "attention": self.attention,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, on any number of ranks."""
+    def load_state_dict(self, state: dict[str, Any], *, new_plan: bool = False) -> None:
+        """Take over what `state_dict` gave, on any number of ranks; with a `new_plan` not the rates of the old one."""
         self.model.load_state_dict(state["model"])
+        groups = self.optimizer.param_groups
+        planned = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        if new_plan:
+            for group, rates in zip(self.optimizer.param_groups, planned, strict=True):
+                group.update(rates)
         saved = state.get("attention", self.attention)
         if saved != self.attention and all(works_here(saved[s.window], s, *self._place) for s in self._shapes):
             logger.info("attention as before the interruption: %s", ", ".join(dict.fromkeys(saved.values())))

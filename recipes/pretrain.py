@@ -8,19 +8,31 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
 
+from chatmodel.data.corpus import check_corpus
 from chatmodel.devices import describe_device, describe_named
 from chatmodel.estimate.memory import largest_batch
 from chatmodel.estimate.prediction import Prediction, check_resources, predict_run
-from chatmodel.estimate.setup import Setup
+from chatmodel.estimate.setup import EXPECTED_CORES, Setup
 from chatmodel.estimate.speed import time_model
 from chatmodel.report.prediction import describe_plan
 from chatmodel.runs import Run
-from chatmodel.runtime import UserError, choose_precision, entry_point, logger, parse_arguments, write_json
+from chatmodel.runtime import (
+    UserError,
+    choose_precision,
+    default_settings,
+    entry_point,
+    logger,
+    parse_arguments,
+    write_json,
+)
 from chatmodel.scaling import RunPlan
 from chatmodel.tokenizer import load_tokenizer
-from chatmodel.training.arguments import PretrainArguments
+from chatmodel.training.arguments import STORE_SHARES, PretrainArguments
 from chatmodel.training.loop import Pretraining
 from chatmodel.training.ranks import join_ranks
+from chatmodel.workers import count_cores
+
+VOCAB_SIZE = 32_768  # of the presets for GPUs
 
 
 @dataclass
@@ -30,14 +42,14 @@ class PredictionArguments:
     hourly_rate: float | None = field(default=None, metadata={"help": "US dollars an hour of the whole machine."})
     device_name: str | None = field(default=None, metadata={"help": "--dry_run for another GPU, e.g. 'RTX 4090'."})
     num_devices: int | None = field(default=None, metadata={"help": "--dry_run for so many of --device_name."})
-    vocab_size: int = field(default=32_768, metadata={"help": "--dry_run before there is a tokenizer."})
+    vocab_size: int | None = field(default=None, metadata={"help": "--dry_run before there is a tokenizer; 32,768."})
     measure: bool = field(default=False, metadata={"help": "--dry_run by steps of the model itself, not by estimate."})
     plan_json: Path | None = field(default=None, metadata={"help": "--dry_run also writes all it knows here."})
 
     def check(self, *, dry_run: bool) -> None:
         """Refuse what cannot be or has no meaning."""
-        for name in ("device_name", "measure", "plan_json"):
-            if getattr(self, name) and not dry_run:
+        for name in ("device_name", "measure", "plan_json", "vocab_size"):
+            if getattr(self, name) not in (None, False) and not dry_run:
                 raise UserError(f"{name} is for a dry run; add --dry_run or leave it out")
         for name in ("hourly_rate", "num_devices", "vocab_size"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
@@ -62,10 +74,11 @@ def build_accelerator(args: PretrainArguments) -> Accelerator:
         ) from None
 
 
-def find_vocab_size(run: Run, expected: int) -> int:
+def find_vocab_size(run: Run, expected: int | None) -> int:
     """Of the run's tokenizer, or what is expected of it, so that a plan costs nothing."""
     if run.folder("tokenizer").exists():
         return len(load_tokenizer(run.folder("tokenizer")))
+    expected = VOCAB_SIZE if expected is None else expected
     logger.info("%s has no tokenizer yet, so the plan is made for vocab_size=%d", run.run_dir, expected)
     return expected
 
@@ -76,21 +89,30 @@ def build_setup(
     """How the plan would run on the accelerator's device, or on the named one without an accelerator."""
     if accelerator is None:
         device = describe_named(str(asked.device_name))
+        if args.fp8 and device.datasheet is not None and not device.datasheet.has_fp8:
+            raise UserError(f"the {device.name} has no 8-bit floats; leave fp8 out")
         precision, num_devices, divided = args.mixed_precision or "bf16", asked.num_devices or 1, False
+        cores = EXPECTED_CORES
+        logger.info(
+            "the machine of the %s is expected to have %d cores, which make the token store", device.name, cores
+        )
     else:
         device = describe_device(accelerator.device)
-        precision, num_devices = accelerator.mixed_precision, accelerator.num_processes
+        precision, num_devices, cores = accelerator.mixed_precision, accelerator.num_processes, count_cores()
         divided = accelerator.distributed_type == DistributedType.FSDP
+        args.check_device(accelerator.device, divided=divided)
     setup = Setup(
         device=device,
         precision=precision,
-        compiled=device.kind == "cuda" if args.compile is None else args.compile,
-        device_batch_size=args.device_batch_size,
+        compiled=args.compiles_on(device.kind),
+        device_batch_size=plan.fit_rows(args.device_batch_size, num_devices),
         num_devices=num_devices,
         divided=divided,
         eval_every=args.eval_every,
         eval_tokens=args.eval_tokens,
         data_is_ready=(run.folder("data") / "train").exists(),
+        cores=cores,
+        store_share=STORE_SHARES[args.packing],
         hourly_rate=asked.hourly_rate,
     )
     return replace(setup, device_batch_size=largest_batch(plan, setup) or 1) if args.auto_batch else setup
@@ -102,7 +124,6 @@ def predict(
     """The plan and what it will take; to be called before anything else is built, and by every rank."""
     plan = args.plan(find_vocab_size(run, asked.vocab_size))
     setup = build_setup(args, asked, plan, run, accelerator)
-    plan.accumulation_steps(setup.device_batch_size, setup.num_devices)  # refuses what cannot be divided
     return plan, setup, predict_run(plan, setup, speed=time_model(plan, setup) if asked.measure else None)
 
 
@@ -120,15 +141,18 @@ def main() -> None:
     asked.check(dry_run=args.dry_run)
     run = Run(args.run_dir)
     if args.dry_run:
+        check_corpus(args.dataset, on_bad_shard=args.on_bad_shard)
         accelerator = build_accelerator(args) if asked.device_name is None else None
         plan, setup, prediction = predict(args, asked, run, accelerator)
         if accelerator is None or accelerator.is_main_process:
             write_plan(args, asked, plan, prediction)
         check_resources(plan, setup, prediction, run)
         return
-    stage = run.begin("base")
+    defaults = default_settings(PretrainArguments, PredictionArguments)
+    stage = run.begin("base", defaults=defaults, accept_changes=args.accept_changes)
     if stage is None:
         return
+    check_corpus(args.dataset, on_bad_shard=args.on_bad_shard)
     accelerator = build_accelerator(args)
     prediction = None
     if accelerator.device.type == "cuda":

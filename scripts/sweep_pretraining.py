@@ -110,7 +110,8 @@ def run_variant(
     torch.manual_seed(seed)
     model = GPTForCausalLM(plan.model_config(bos_token_id=tokenizer.bos_token_id))
     apart = variant.get("documents_apart", False)
-    step = TrainStep(model, plan, accelerator, device_batch_size=args.device_batch_size, documents_apart=apart)
+    size = plan.fit_rows(args.device_batch_size, accelerator.num_processes)
+    step = TrainStep(model, plan, accelerator, device_batch_size=size, documents_apart=apart)
     store = TokenStore.open(args.run_dir / "data" / "train")
     packing = variant.get("packing", "best_fit_whole")
     length = plan.sequence_length
@@ -118,7 +119,7 @@ def run_variant(
     losses: list[float] = []
     untimed = min(3, plan.steps - 1)
     began = time.perf_counter()
-    with Loader(rows, batch_size=args.device_batch_size, device=accelerator.device, timeout=60) as loader:
+    with Loader(rows, batch_size=size, device=accelerator.device, timeout=60) as loader:
         for index, result in enumerate(take_steps(step, loader, plan.steps)):
             if not result.updated:
                 return {"failed": f"loss {result.loss}, gradient {result.gradient_norm} at step {index}"}

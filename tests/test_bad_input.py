@@ -67,7 +67,7 @@ def recipe(run, monkeypatch, capsys):
         ({"tokens_per_parameter": 0}, "tokens_per_parameter=0"),
         ({"tokens_per_parameter": -1}, "tokens_per_parameter=-1"),
         ({"sequence_length": 100_000, "total_batch_tokens": 200_000, "max_steps": 1}, "longer than the data"),
-        ({"device_batch_size": 3}, "device_batch_size"),
+        ({"device_batch_size": 0}, "device_batch_size=0"),
         ({"total_batch_tokens": 65}, "total_batch_tokens=65"),
         ({"recipe": "best"}, "best"),
         ({"packing": "loose"}, "loose"),
@@ -75,10 +75,29 @@ def recipe(run, monkeypatch, capsys):
         ({"eval_every": 0}, "eval_every=0"),
         ({"tracker": "paper"}, "paper"),
         ({"mixed_precision": "fp8"}, "fp8"),
+        ({"fp8": "true"}, "fp8 needs "),
+        ({"lr_fraction": -1}, "lr_fraction=-1.0"),
+        ({"on_bad_shard": "never"}, "on_bad_shard='never'"),
     ],
 )
-def test_pretraining(recipe, tmp_path, options, named):
+def test_pretraining(recipe, run, tmp_path, options, named):
     assert named in recipe("pretrain.py", **({"dataset": tmp_path / "text", "train_tokens": 256} | TINY | options))
+    assert run.folder("data").exists() == ("sequence_length" in options), "only this needs the text to be known"
+
+
+def test_a_default_that_is_written_out_is_no_change(run, tmp_path, monkeypatch):
+    options = {"dataset": tmp_path / "text", "train_tokens": 128, "eval_tokens": 64, "compile": "false"} | TINY
+
+    def start(**changes):
+        arguments = [f"--{key}={value}" for key, value in (options | changes).items()]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", f"--run_dir={run.run_dir}", *arguments])
+        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+        return run.read_result("base")
+
+    made = start()
+    assert start(seed=42, eval_every=3)["id"] == made["id"]
+    with pytest.raises(SystemExit):
+        start(seed=43)
 
 
 def test_an_empty_folder(recipe, tmp_path):

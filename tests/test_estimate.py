@@ -64,10 +64,20 @@ def test_memory_worked_by_hand(plan):
         "logits": 512 * 100 * 2,
         "head": 100 * 128 * 8,
         "update": 24 * (2 * 4 * 128 * 128),
-        "validation": 512 * 100 * 2 * 3,
+        "validation": 8192 * 100 * 2 * 3,  # its batches are its own
     }
     micro_batch = parts["activations"] + parts["logits"] + parts["head"]
     assert peak_bytes(parts) == 6 * plan.parameters + optimizer + micro_batch
+
+
+@pytest.mark.parametrize(
+    ("recipe", "depth", "vocab_size", "measured"), [("seed", 10, 65_536, 11.4), ("chatmodel", 12, 32_768, 17.0)]
+)
+def test_memory_foretells_what_was_measured(recipe, depth, vocab_size, measured):
+    """GiB of one H200 with 32 rows at once (docs/experiments.md)."""
+    plan = plan_run(depth, vocab_size=vocab_size, recipe=recipe)
+    predicted = peak_bytes(predict_memory(plan, replace(H200, device_batch_size=32))) / 2**30
+    assert predicted / memory.MEMORY_FACTOR < measured < memory.MEMORY_FACTOR * predicted
 
 
 def test_optimizer_state_is_divided_among_devices(plan):
@@ -83,9 +93,11 @@ def test_disk_worked_by_hand(plan):
     disk = predict_disk(plan, H200)
     assert disk["checkpoints"] == 3 * checkpoint
     assert disk["final model"] == 2 * plan.parameters
-    assert disk["token store"] == int((1.5 * 40_960 + H200.eval_tokens) * 2.02)
+    assert disk["token store"] == int((1.05 * 40_960 + H200.eval_tokens) * 2.02)
+    cropped = predict_disk(plan, replace(H200, store_share=1.5))
+    assert cropped["token store"] == int((1.5 * 40_960 + H200.eval_tokens) * 2.02)
     large = plan_run(2, vocab_size=70_000, sequence_length=128, train_tokens=40_960, total_batch_tokens=4096)
-    assert predict_disk(large, H200)["token store"] == int((1.5 * 40_960 + H200.eval_tokens) * 4.02)
+    assert predict_disk(large, H200)["token store"] == int((1.05 * 40_960 + H200.eval_tokens) * 4.02)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -281,6 +293,26 @@ def test_a_dry_run_for_another_machine_costs_nothing(recipe, monkeypatch, tmp_pa
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize(("packing", "share"), [("best_fit_whole", 1.05), ("best_fit", 1.5), ("contiguous", 1.05)])
+def test_another_machine_makes_the_store_with_its_own_cores(recipe, monkeypatch, tmp_path, packing, share):
+    monkeypatch.setattr(recipe, "count_cores", lambda: 2)
+    options = ["--device_name", "H200", "--packing", packing, "--plan_json", str(tmp_path / "plan.json")]
+    dry_run(recipe, monkeypatch, tmp_path / "run", *options)
+    known = read_json(tmp_path / "plan.json")
+    tokens = share * known["plan"]["train_tokens"]
+    assert known["prediction"]["seconds"]["tokenizing"] == pytest.approx(tokens * 4.45 / (16 * 9e6))
+    assert known["prediction"]["disk"]["token store"] == int((tokens + 20 * 2**19) * 2.02)
+
+
+def test_this_machine_makes_the_store_with_the_cores_there_are(recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipe, "count_cores", lambda: 3)
+    options = "--depth 2 --head_dim 32 --sequence_length 32 --total_batch_tokens 64 --max_steps 3 --vocab_size 2048"
+    options += f" --mixed_precision no --plan_json {tmp_path / 'plan.json'}"
+    dry_run(recipe, monkeypatch, tmp_path / "run", *options.split())
+    seconds = read_json(tmp_path / "plan.json")["prediction"]["seconds"]["tokenizing"]
+    assert seconds == pytest.approx(1.05 * 192 * 3.31 / (3 * 9e6))
+
+
 def test_a_dry_run_here_times_the_model(recipe, monkeypatch, tmp_path, capsys):
     options = "--depth 2 --head_dim 32 --sequence_length 32 --total_batch_tokens 64 --max_steps 3 --vocab_size 300"
     options += " --device_batch_size 2 --eval_tokens 100 --measure --mixed_precision no"
@@ -291,14 +323,41 @@ def test_a_dry_run_here_times_the_model(recipe, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        (["--config", "recipes/configs/gpu/pretrain.yaml", "--num_devices", "8"], "1 x 8 rows of 2,048 tokens on 8"),
+        (["--depth", "2"], "1 x 16 rows of 2,048 tokens on 1"),
+        (["--depth", "8", "--device_batch_size", "5"], "8 x 4 rows of 2,048 tokens on 1"),
+    ],
+)
+def test_rows_that_do_not_fit_are_lowered(recipe, monkeypatch, tmp_path, capsys, options, step):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    dry_run(recipe, monkeypatch, tmp_path, "--device_name", "H100", *options)
+    assert f"a step is:      {step}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--device_name", "abacus"], "'abacus' is not known"),
         (["--device_name", "RTX 4090"], "set device_batch_size to 8"),
-        (["--device_name", "H200", "--device_batch_size", "3"], "no multiple of device_batch_size"),
+        (["--device_name", "H200", "--num_devices", "3"], "256 rows of 2048 tokens, which 3 processes"),
         (["--num_devices", "2"], "num_devices is for --device_name"),
         (["--device_name", "H200", "--measure"], "leave one out"),
         (["--hourly_rate", "-1"], "hourly_rate=-1"),
+        (["--packing", "foo"], "packing='foo' is unknown; choose one of best_fit,"),
+        (["--on_bad_shard", "foo"], "on_bad_shard='foo' is unknown; choose one of stop,"),
+        (["--on_bad_shard", "refetch", "--dataset", "embedded"], "on_bad_shard 'refetch' is for data sets of the Hub"),
+        (["--recipe", "best"], "recipe='best' is unknown; choose one of chatmodel,"),
+        (["--mixed_precision", "fp16", "--device_name", "H100"], "mixed_precision='fp16' is unknown"),
+        (["--dataset", "/nonexistent"], "dataset /nonexistent does not exist"),
+        (["--fp8", "true"], "fp8 needs "),
+        (["--fp8", "true", "--device_name", "RTX 3090"], "the RTX 3090 has no 8-bit floats"),
+        (["--lr_fraction", "-1"], "lr_fraction=-1.0 must be greater than 0"),
+        (["--lr_fraction", "nan"], "lr_fraction=nan"),
+        (["--lr_fraction", "inf"], "lr_fraction=inf"),
+        (["--decay_fraction", "nan"], "decay_fraction=nan"),
+        (["--rank_timeout", "inf"], "rank_timeout=inf"),
     ],
 )
 def test_a_dry_run_refuses(recipe, monkeypatch, tmp_path, options, named):
@@ -309,6 +368,9 @@ def test_a_dry_run_refuses(recipe, monkeypatch, tmp_path, options, named):
 def test_what_is_for_a_dry_run_is_refused_without(recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--run_dir", str(tmp_path), "--device_name", "H200"])
     with pytest.raises(UserError, match="device_name is for a dry run"):
+        recipe.main()
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--run_dir", str(tmp_path), "--vocab_size", "32768"])
+    with pytest.raises(UserError, match="vocab_size is for a dry run"):
         recipe.main()
 
 

@@ -77,7 +77,7 @@ def test_ten_steps_end_at_the_loops_weights(tmp_path, tokenizer, kind):
     def build_optimizer(model):
         if kind == "ours":
             return build_stage_optimizer(model, tmp_path, lr_fraction=0.1)
-        # PyTorch's own eps: with 1e-10 a gradient that is 0 but for its rounding would move its weight by a whole rate.
+        # With 1e-10 a gradient that is 0 but for its rounding would move its weight by a whole rate.
         return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.8, 0.95), eps=1e-8, weight_decay=0.0)
 
     model = make_tiny()

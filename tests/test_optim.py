@@ -197,6 +197,20 @@ def test_seed_schedule_is_the_seeds():
     assert [muon_momentum(step, schedule) for step in (0, 150, 300, 5000)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
 
 
+def test_fp32_weights_go_on_from_the_masters_of_bf16():
+    """What a run loses otherwise that goes on in fp32 as bf16 was not fine enough."""
+    weights = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
+    groups = [{"kind": "adamw", "name": "all", "lr": 0.1, "weight_decay": 0.0, "betas": (0.8, 0.9), "eps": 1e-10}]
+    masters = [torch.randn(4, 4) for _ in weights]
+    state = {number: {"master": master} for number, master in enumerate(masters)}
+    saved = {"state": state, "param_groups": [groups[0] | {"params": [0, 1]}]}
+    optimizer = MuonAdamW([groups[0] | {"params": weights}])
+    optimizer.load_state_dict(saved)
+    for weight, master in zip(weights, masters, strict=True):
+        assert torch.equal(weight, master)
+        assert "master" not in optimizer.state[weight]
+
+
 def test_state_survives_saving():
     torch.manual_seed(0)
     model = make_model()

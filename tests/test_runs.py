@@ -48,6 +48,41 @@ def test_a_setting_that_counted_in_an_older_version_does_not_any_more(run):
         run.begin("tokenizer", settings={"vocab_size": 300})
 
 
+def begin_and_save(run, settings, **options):
+    finish(run, "tokenizer")
+    run.begin("base", settings=settings, **options)
+    (run.checkpoints("base") / "step-00000001").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"seed": 42},
+        {"depth": "4", "mixed_precision": False, "train_tokens": 100_000_000},
+        {"compile": None, "fp8": "false"},
+        {"eval_every": 10, "sample_every": 5, "core_every": 7, "eval_bundle": "b.zip", "core_max_per_task": 11},
+    ],
+)
+def test_the_same_in_other_words_is_no_change(run, asked):
+    before = {"depth": 4, "mixed_precision": "no", "train_tokens": "1e8"}
+    defaults = {"seed": 42, "compile": None, "fp8": False, "core_max_per_task": 500}
+    begin_and_save(run, before, defaults=defaults)
+    run.begin("base", settings=before | asked, defaults=defaults).finish({})
+    if "eval_bundle" not in asked:
+        assert run.is_finished("base", settings=before)  # without the recipe, from what it has left
+    for change in ({"seed": 43}, {"mixed_precision": "bf16"}, {"fp8": True}, {"compile": False}):
+        with pytest.raises(UserError, match=f"base .* was made with .*{next(iter(change))}="):
+            run.begin("base", settings=before | asked | change, defaults=defaults)
+
+
+def test_what_was_measured_at_the_end_is_a_setting_of_what_is_finished(run):
+    begin_and_save(run, {"depth": 4})
+    run.begin("base", settings={"depth": 4, "eval_bundle": "b.zip"}).finish({})
+    assert run.read_result("base")["settings"] == {"depth": 4, "eval_bundle": "b.zip"}
+    with pytest.raises(UserError, match=r"was made with eval_bundle=b\.zip, now unset"):
+        run.begin("base", settings={"depth": 4})
+
+
 def test_an_interrupted_stage_continues_only_with_its_settings(run):
     finish(run, "tokenizer")
     run.begin("base", settings={"depth": 1})  # nothing was saved, so this is only a mistake to correct
@@ -58,6 +93,22 @@ def test_an_interrupted_stage_continues_only_with_its_settings(run):
     assert again.id == first.id
     with pytest.raises(UserError, match="was begun with depth=2, now 3"):
         run.begin("base", settings={"depth": 3})
+
+
+def test_a_change_that_is_accepted_is_the_stages_setting_from_then_on(run):
+    finish(run, "tokenizer")
+    run.begin("base", settings={"depth": 2, "lr_fraction": 1.0})
+    (run.checkpoints("base") / "step-00000001").mkdir(parents=True)
+    changed = {"depth": 2, "lr_fraction": 0.5}
+    with pytest.raises(UserError, match=r"lr_fraction=1\.0, now 0\.5: .*, or add --accept_changes to go on"):
+        run.begin("base", settings=changed, accept_changes=False)
+    assert run.begin("base", settings=changed | {"accept_changes": True}, accept_changes=True) is not None
+    again = run.begin("base", settings=changed, accept_changes=False)
+    again.finish({})
+    assert run.read_result("base")["settings"] == changed
+    with pytest.raises(UserError, match="was made with") as refused:  # what is finished is not changed any more
+        run.begin("base", settings={"depth": 2}, accept_changes=True)
+    assert "accept_changes" not in str(refused.value)
 
 
 def test_a_missing_input_is_named(run):

@@ -10,6 +10,7 @@ import pytest
 from chatmodel.runtime import (
     UserError,
     check_model_name,
+    default_settings,
     explain_no_model,
     parse_arguments,
     read_json,
@@ -92,6 +93,20 @@ def test_requested_settings_reads_what_the_parser_would(tmp_path):
     config.write_text("depth: 6\nname: x\n")
     asked = requested_settings(["--config", str(config), "--name", "y", "--fast", "--rate", "1.5", "--list", "1", "2"])
     assert asked == {"depth": 6, "name": "y", "fast": True, "rate": 1.5, "list": [1, 2]}
+
+
+def test_words_of_the_command_line_stay_as_they_are_written(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("mixed_precision: no\ncompile: false\nname: Yes\n")
+    asked = requested_settings(["--config", str(config), "--packing", "off", "--fp8", "true", "--name", "[a"])
+    assert asked == {"mixed_precision": "no", "compile": False, "name": "[a", "packing": "off", "fp8": True}
+    config.write_text("- 1\n")
+    with pytest.raises(UserError, match="no YAML mapping"):
+        requested_settings(["--config", str(config)])
+
+
+def test_defaults_are_what_json_can_hold():
+    assert default_settings(Arguments) == {"depth": 4, "name": None, "fast": False}
 
 
 def test_an_error_is_one_sentence_and_exit_code_2():

@@ -96,8 +96,19 @@ def test_one_factor_is_on_every_decay_and_on_nothing_else():
 def test_batch_must_divide():
     plan = plan_run(4, vocab_size=512, sequence_length=64, total_batch_tokens=64 * 12)
     assert plan.accumulation_steps(3, 2) == 2
-    with pytest.raises(UserError, match="no multiple"):
+    with pytest.raises(UserError, match="device_batch_size=5 does not divide the 12 rows"):
         plan.accumulation_steps(5, 1)
+
+
+def test_rows_at_once_are_an_upper_bound():
+    plan = plan_run(4, vocab_size=512, sequence_length=64, total_batch_tokens=64 * 12)
+    assert [plan.fit_rows(asked, 1) for asked in (1, 3, 5, 11, 12, 32)] == [1, 3, 4, 6, 12, 12]
+    assert plan.fit_rows(32, 12) == 1
+    for world_size in (5, 24):
+        with pytest.raises(UserError, match=f"12 rows of 64 tokens, which {world_size} processes cannot share evenly"):
+            plan.fit_rows(32, world_size)
+    with pytest.raises(UserError, match="device_batch_size=0"):
+        plan.fit_rows(0, 1)
 
 
 def test_plans_are_as_recorded():

@@ -7,6 +7,7 @@ import torch
 
 from chatmodel.runtime import UserError
 from chatmodel.scaling import plan_run
+from chatmodel.training.arguments import PretrainArguments
 from chatmodel.training.batch_size import find_largest, list_candidates, try_rows
 
 
@@ -18,8 +19,15 @@ def test_candidates_divide_the_step():
     assert list_candidates(plan(24), 1) == [1, 2, 4, 8]
     assert list_candidates(plan(24), 2) == [1, 2, 4]
     assert list_candidates(plan(24), 3) == [1, 2, 4, 8]
-    with pytest.raises(UserError, match="no multiple"):
+    with pytest.raises(UserError, match="24 rows of 32 tokens, which 5 processes"):
         list_candidates(plan(24), 5)
+
+
+def test_sizes_are_not_tried_on_divided_weights():
+    args = PretrainArguments(auto_batch=True)
+    args.check_device(torch.device("cpu"), divided=False)
+    with pytest.raises(UserError, match="auto_batch cannot try sizes on weights divided by FSDP"):
+        args.check_device(torch.device("cpu"), divided=True)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 8, 100])

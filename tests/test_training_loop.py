@@ -190,6 +190,43 @@ def test_a_checkpoint_of_another_model_is_refused(run, text):
         build(run, text, max_steps=3, depth=2).train()
 
 
+def test_accepted_changes_count_from_the_step_they_were_made_at(run, text, unbroken, monkeypatch):
+    """Also when the run is stopped once more: half the rates, which are not those of the checkpoint."""
+    at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(UserError, match="after step 5"):
+        build(run, text).train()
+    monkeypatch.undo()
+    at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(UserError, match="after step 7"):
+        build(run, text, lr_fraction=0.5).train()
+    monkeypatch.undo()
+    resumed = build(run, text, lr_fraction=0.5)
+    resumed.train()
+    assert resumed.state.changed_settings == [{"step": 5, "changed": {"lr_fraction": [1.0, 0.5]}}]
+    for ours, before in zip(
+        resumed.train_step.optimizer.param_groups, unbroken.train_step.optimizer.param_groups, strict=True
+    ):
+        assert ours["initial_lr"] == before["initial_lr"] / 2
+        assert ours["lr"] == pytest.approx(before["lr"] / 2)
+    assert resumed.state.history[-1]["loss"] != unbroken.state.history[-1]["loss"]
+
+
+def test_changes_that_cannot_be_are_refused(run, text):
+    build(run, text, max_steps=3).train()
+    with pytest.raises(UserError, match=r"step-00000003 is behind the last of 2 steps; ask for more"):
+        build(run, text, max_steps=2).train()
+    with pytest.raises(UserError, match=r"set back what was changed .depth 1 -> 2"):
+        build(run, text, depth=2, max_steps=3).train()
+
+
+def test_a_loss_that_breaks_before_anything_is_saved_names_no_state(run, text, monkeypatch):
+    pretraining = build(run, text)
+    with torch.no_grad():
+        pretraining.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"at step 0, before .* set mixed_precision to 'no', then start again$"):
+        pretraining.train()
+
+
 def test_a_batch_that_gives_nan_is_stopped_at_and_named(run, text, when_known):
     """One weight becomes NaN that only one word needs: the first row that holds this word is the guilty one."""
     pretraining = build(run, text)
@@ -228,7 +265,8 @@ def test_a_broken_loss_saves_the_state_before_it(run, text, unbroken, monkeypatc
         return loss
 
     monkeypatch.setattr(TrainStep, "accumulate", accumulate_badly)
-    with pytest.raises(UserError, match=r"became inf .* at step 5.*cannot be repeated: suspect the hardware"):
+    sentence = r"became inf .* at step 5.*cannot be repeated: suspect the hardware.* with --accept_changes$"
+    with pytest.raises(UserError, match=sentence):
         build(run, text).train()
     assert saved_steps(run) == [4, 5]
     monkeypatch.undo()
@@ -275,6 +313,17 @@ def test_memory_that_does_not_suffice_is_one_sentence(run, text, monkeypatch):
     monkeypatch.setattr(TrainStep, "accumulate", fail)
     with pytest.raises(UserError, match=r"device_batch_size=1 .CUDA out of memory.*smaller one or auto_batch"):
         build(run, text).train()
+
+
+def test_rows_that_do_not_fit_are_lowered_and_said(run, text, unbroken, caplog):
+    """A step has two rows, and 32 are the default."""
+    with caplog.at_level("INFO", logger="chatmodel"):
+        lowered = build(run, text, device_batch_size=32, max_steps=3)
+        lowered.train()
+    assert caplog.text.count("device_batch_size: 2 in place of 32, as a step has 2 rows") == 1
+    assert lowered.state.device_batch_size == 2
+    for one, other in zip(lowered.state.history, unbroken.state.history, strict=False):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_the_batch_size_found_is_kept(run, text, unbroken, monkeypatch):

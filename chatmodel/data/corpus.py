@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from chatmodel.data.embedded import SPLITS, describe_embedded_corpus, ensure_embedded_corpus
-from chatmodel.data.files import FileFacts, describe_files, list_files
+from chatmodel.data.files import FileFacts, describe_files, find_data_files, list_files
 from chatmodel.data.hub import describe_hub, open_hub_split, parse_hub_name, with_revision
 from chatmodel.data.shards import Selection, Shards, find_file_shards, local_shard
+from chatmodel.runtime import UserError
 
 logger = logging.getLogger("chatmodel")
 
@@ -55,6 +56,20 @@ def open_split(
     if is_hub_name(dataset):
         return open_hub_split(dataset, split, text_column=text_column)
     return find_file_shards(dataset, split, text_column=text_column, listing=listing or ())
+
+
+def check_corpus(dataset: str, *, on_bad_shard: str = "stop") -> None:
+    """Refuse at once what can be known to fail without reading anything; the Hub is not asked.
+
+    Raises:
+        UserError: a local data set is not there or holds nothing to read; or its files are to be fetched again.
+    """
+    if is_hub_name(dataset):
+        return
+    if on_bad_shard == "refetch":
+        raise UserError("on_bad_shard 'refetch' is for data sets of the Hub; choose 'stop' or 'skip'")
+    if dataset != EMBEDDED:
+        find_data_files(dataset)
 
 
 def list_corpus(dataset: str, *, known: Iterable[FileFacts] = ()) -> list[FileFacts] | None:

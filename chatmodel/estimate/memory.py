@@ -21,7 +21,9 @@ COMPILED_LAYER_VALUES, COMPILED_VALUES = 11, 8
 # Logits come in chunks of positions, and their gradient takes their place (chatmodel/losses.py). Without CUDA's kernel
 # there are two fp32 copies beside, on a CPU of a block of rows at a time.
 WORKING_LOGIT_BYTES = 8
-# Validation holds the logits of a whole batch, with the cap three times: before it, and two steps of it.
+# Validation holds the logits of a whole batch, so that more than keeps a GPU busy would decide what memory a run
+# needs at most; with the cap three times: before it, and two steps of it.
+VALIDATION_BATCH_TOKENS = 8_192
 VALIDATION_COPIES, VALIDATION_COPIES_CAPPED = 1, 3
 VOCABULARY_GRADIENT_BYTES = 8  # the head's gradient, in fp32, and what is being added to it
 # Room for one update of the largest stack of matrices: gradients, updates, and the powers of their products.
@@ -34,7 +36,6 @@ PASSING = frozenset({"gradients", "activations", "logits", "head", "update", "va
 # The error of the sum: on a CPU the resident set was 0.97 to 1.10 times the prediction (docs/experiments.md).
 MEMORY_FACTOR = 1.25
 
-STORE_SHARE = 1.5  # best-fit rows leave out ends of documents, so more tokens are stored than are trained on
 OFFSET_BYTES = 0.02  # a token, at about 400 tokens a document
 
 
@@ -47,12 +48,18 @@ def split_parameters(config: GPTConfig) -> tuple[int, int, int]:
     return parameters - matrices, matrices, layers * width * max(4 * width, config.intermediate_size)
 
 
+def validation_batch_rows(sequence_length: int) -> int:
+    """Rows of a batch of validation, whatever those of training are."""
+    return max(1, VALIDATION_BATCH_TOKENS // sequence_length)
+
+
 def predict_memory(plan: RunPlan, setup: Setup) -> dict[str, int]:
     """Bytes of one device by what they are for; not all are held at once (`peak_bytes`)."""
     config = plan.model_config()
     width, vocabulary = config.hidden_size, config.vocab_size
     *_, stack = split_parameters(config)
     tokens = setup.device_batch_size * plan.sequence_length
+    scored = validation_batch_rows(plan.sequence_length) * plan.sequence_length
     layer, once = (COMPILED_LAYER_VALUES, COMPILED_VALUES) if setup.compiled else (PLAIN_LAYER_VALUES, PLAIN_VALUES)
     logits = min(choose_chunk_tokens(vocabulary), tokens) * vocabulary
     working = {"cuda": 0, "cpu": min(CACHED_LOGITS, logits)}.get(setup.device.kind, logits)
@@ -67,7 +74,7 @@ def predict_memory(plan: RunPlan, setup: Setup) -> dict[str, int]:
         "logits": logits * setup.value_bytes + working * WORKING_LOGIT_BYTES,
         "head": vocabulary * width * VOCABULARY_GRADIENT_BYTES,
         "update": UPDATE_BYTES * stack // setup.num_devices,
-        "validation": tokens * vocabulary * setup.value_bytes * copies,
+        "validation": scored * vocabulary * setup.value_bytes * copies,
     }
     if setup.device.kind == "cpu":
         # A checkpoint is copied before it is written; on a GPU that copy is in the memory of the host.
@@ -115,7 +122,7 @@ def predict_disk(plan: RunPlan, setup: Setup) -> dict[str, int]:
     """Bytes on the disk by what they are for; the third checkpoint is there while it replaces the first."""
     token_bytes = (2 if plan.model["vocab_size"] <= 2**16 else 4) + OFFSET_BYTES
     return {
-        "token store": int((STORE_SHARE * plan.train_tokens + setup.eval_tokens) * token_bytes),
+        "token store": int((setup.store_share * plan.train_tokens + setup.eval_tokens) * token_bytes),
         "checkpoints": (CHECKPOINTS_KEPT + 1) * checkpoint_bytes(plan, setup),
         "final model": plan.parameters * setup.value_bytes,
     }

@@ -1,6 +1,5 @@
 """What does a plan cost on a device, is there room for it, and what has it cost in the end?"""
 
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ import psutil
 
 from chatmodel.estimate.memory import (
     MEMORY_FACTOR,
-    STORE_SHARE,
     checkpoint_bytes,
     largest_batch,
     peak_bytes,
@@ -109,8 +107,8 @@ def tokens_per_second(plan: RunPlan, setup: Setup, speed: Speed) -> float:
 def predict_seconds(plan: RunPlan, setup: Setup, rate: float) -> dict[str, float]:
     """Wall-clock seconds by what they are spent on; estimates of CORE on the way are not foreseen."""
     measurements = 1 + -(-plan.steps // setup.eval_every)  # before the first step, now and then, after the last
-    text_bytes = STORE_SHARE * plan.train_tokens * bytes_per_token(plan.model["vocab_size"])
-    cores = min(os.cpu_count() or 1, TOKENIZER_CORES)
+    text_bytes = setup.store_share * plan.train_tokens * bytes_per_token(plan.model["vocab_size"])
+    cores = min(setup.cores, TOKENIZER_CORES)
     return {
         "tokenizing": 0.0 if setup.data_is_ready else text_bytes / (TOKENIZER_BYTES_PER_SECOND * cores),
         "compiling": COMPILE_SECONDS if setup.compiled else 0.0,

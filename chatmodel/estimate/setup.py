@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from chatmodel.devices import Device
 
+EXPECTED_CORES = 16  # of a machine that is not here: few servers with GPUs have less
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -14,6 +16,8 @@ class Setup:
         compiled: whether the model is compiled; what is kept for the backward pass depends on it.
         divided: whether weights and gradients are divided among the devices as well (FSDP), not optimizer state alone.
         data_is_ready: whether the token store is there already.
+        cores: of the machine's processor, which make the token store.
+        store_share: tokens that are stored for each one that is trained on.
         hourly_rate: US dollars an hour of the whole machine.
     """
 
@@ -26,6 +30,8 @@ class Setup:
     eval_every: int = 250
     eval_tokens: int = 20 * 2**19
     data_is_ready: bool = False
+    cores: int = EXPECTED_CORES
+    store_share: float = 1.05
     hourly_rate: float | None = None
 
     @property

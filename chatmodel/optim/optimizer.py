@@ -172,7 +172,9 @@ class MuonAdamW(torch.optim.Optimizer):
             group.update({key: value for key, value in saved.items() if key != "params"})
         self.state.clear()
         for number, parameter in enumerate(self.parameters):
-            saved = state_dict["state"].get(number, {})
+            saved = dict(state_dict["state"].get(number, {}))
+            if parameter.dtype == torch.float32 and "master" in saved:  # it was trained in bf16 so far
+                parameter.copy_(saved.pop("master"))
             if self.ownership is None or self.ownership.is_mine(parameter):
                 self.state[parameter] = {key: _place(key, value, parameter) for key, value in saved.items()}
 

@@ -4,15 +4,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from chatmodel.checkpoint import list_checkpoints
+from chatmodel.data.shards import BAD_SHARD_POLICIES
 from chatmodel.data.store import TokenStore, ensure_token_store
 from chatmodel.evaluation.bundle import HOW_TO_GET_BUNDLE, find_place, is_address
-from chatmodel.runs import Run
+from chatmodel.kernels.fp8 import check_fp8
+from chatmodel.runs import Run, leave_out_neutral
 from chatmodel.runtime import UserError
-from chatmodel.scaling import RunPlan, plan_run
+from chatmodel.scaling import RECIPES, RunPlan, check_positive, plan_run
 
-COUNTS = ("eval_every", "eval_tokens", "core_every", "sample_every", "save_every", "log_every")
+COUNTS = ("eval_every", "eval_tokens", "core_every", "sample_every", "save_every", "log_every", "device_batch_size")
 TIMES = ("save_every_minutes", "data_timeout", "rank_timeout")
+# Tokens that are stored for each one that is trained on: best-fit rows leave out the ends of long documents.
+STORE_SHARES = {"best_fit": 1.5, "best_fit_whole": 1.05, "contiguous": 1.05}
+CHOICES = {
+    "recipe": RECIPES,
+    "packing": tuple(STORE_SHARES),
+    "on_bad_shard": BAD_SHARD_POLICIES,
+    "mixed_precision": ("bf16", "no"),
+}
 
 
 @dataclass
@@ -37,7 +49,7 @@ class PretrainArguments:
     train_tokens: int | None = field(default=None, metadata={"help": "Overrides the planned number of tokens."})
     max_steps: int | None = field(default=None, metadata={"help": "Overrides the planned number of steps."})
     total_batch_tokens: int | None = field(default=None, metadata={"help": "Tokens a step, over all devices."})
-    device_batch_size: int = field(default=32, metadata={"help": "Rows a device holds at once."})
+    device_batch_size: int = field(default=32, metadata={"help": "Most rows a device holds at once."})
     auto_batch: bool = field(
         default=False, metadata={"help": "Find the most rows a device can hold at once, by trying; same total batch."}
     )
@@ -72,6 +84,9 @@ class PretrainArguments:
     log_every: int = field(default=10, metadata={"help": "Steps between log lines."})
     data_timeout: float = field(default=300.0, metadata={"help": "Most seconds to wait for a batch."})
     rank_timeout: float = field(default=600.0, metadata={"help": "Most seconds that one rank waits for another."})
+    accept_changes: bool = field(
+        default=False, metadata={"help": "Go on with a run that was begun with other settings; both are recorded."}
+    )
     tracker: str | None = field(default=None, metadata={"help": "'tensorboard', 'wandb' or 'trackio'."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop."})
 
@@ -80,12 +95,28 @@ class PretrainArguments:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in TIMES:
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
+        check_positive(lr_fraction=self.lr_fraction, **{name: getattr(self, name) for name in TIMES})
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in (None, *choices):
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
         bundle = self.eval_bundle
         if bundle is not None and not (is_address(bundle) or find_place(bundle).exists()):
             raise UserError(f"eval_bundle {bundle} does not exist; leave it out, or {HOW_TO_GET_BUNDLE}")
+
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on, as plain values: a checkpoint holds them, to tell later what was changed."""
+        return leave_out_neutral({k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()})
+
+    def compiles_on(self, kind: str) -> bool:
+        """Whether the model is compiled on such a device: "cuda", "mps" or "cpu"."""
+        return kind == "cuda" if self.compile is None else self.compile
+
+    def check_device(self, device: torch.device, *, divided: bool) -> None:
+        """Refuse what a device cannot do, or what does not go with weights divided among ranks by FSDP."""
+        if self.fp8:
+            check_fp8(device, compiled=self.compiles_on(device.type), divided=divided)
+        if self.auto_batch and divided:
+            raise UserError("auto_batch cannot try sizes on weights divided by FSDP; set device_batch_size instead")
 
     def plan(self, vocab_size: int) -> RunPlan:
         """The plan these arguments lead to."""
@@ -115,8 +146,7 @@ def open_stores(
         args.dataset,
         tokenizer,
         run.folder("data"),
-        # Rows may leave out the ends of long documents, so more text is read than is trained on.
-        max_train_tokens=int((1.5 if args.packing == "best_fit" else 1.05) * plan.train_tokens),
+        max_train_tokens=int(STORE_SHARES[args.packing] * plan.train_tokens),
         max_validation_tokens=args.eval_tokens,
         text_column=args.text_column,
         rebuild=not list_checkpoints(run.checkpoints("base")),

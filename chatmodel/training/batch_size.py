@@ -19,6 +19,20 @@ from chatmodel.training.ranks import Ranks
 OPTIMIZER_BYTES = 12
 
 
+def fit_device_batch_size(plan: RunPlan, asked: int, world_size: int) -> int:
+    """The rows asked for, or the most below that divide a rank's part of a step, which is then logged."""
+    rows = plan.fit_rows(asked, world_size)
+    if rows != asked:
+        logger.info(
+            "device_batch_size: %d in place of %d, as a step has %d rows for each of %d process(es)",
+            rows,
+            asked,
+            plan.rank_rows(world_size),
+            world_size,
+        )
+    return rows
+
+
 def choose_device_batch_size(
     step: TrainStep, ranks: Ranks, *, compiled: bool, document_capacity: Callable[[int], int] | None = None
 ) -> int:
@@ -28,10 +42,8 @@ def choose_device_batch_size(
         document_capacity: where documents are kept apart, the documents that so many rows have room for.
 
     Raises:
-        UserError: not even one row fits, or the weights are divided among ranks.
+        UserError: not even one row fits.
     """
-    if step.divided:
-        raise UserError("auto_batch cannot try sizes on weights divided by FSDP; set device_batch_size instead")
     candidates = list_candidates(step.plan, ranks.count)
     guess = guess_rows(step, ranks, compiled=compiled)
     on_cuda = ranks.device.type == "cuda"
@@ -57,7 +69,7 @@ def choose_device_batch_size(
 
 def list_candidates(plan: RunPlan, world_size: int) -> list[int]:
     """The powers of two that divide the rows of each rank's part of a step, smallest first."""
-    rows = plan.accumulation_steps(1, world_size)
+    rows = plan.rank_rows(world_size)
     return [1 << power for power in range(rows.bit_length()) if rows % (1 << power) == 0]
 
 

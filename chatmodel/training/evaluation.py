@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from chatmodel.data.rows import validation_rows
 from chatmodel.data.store import TokenStore
+from chatmodel.estimate.memory import validation_batch_rows
 from chatmodel.evaluation.bits_per_byte import bits_per_byte
 from chatmodel.evaluation.bundle import find_bundle
 from chatmodel.evaluation.core import evaluate_core
@@ -18,9 +19,6 @@ from chatmodel.train_step import TrainStep
 from chatmodel.training.arguments import PretrainArguments
 from chatmodel.training.loading import collate_batches
 from chatmodel.training.sharding import evaluating_whole
-
-# Enough to keep a GPU busy. Whole logits are held here, so that more would decide what memory a run needs at most.
-BATCH_TOKENS = 8_192
 
 
 class Measurements:
@@ -39,7 +37,7 @@ class Measurements:
         self.store, self.tokenizer = store, tokenizer
         # Fetched, or refused, before hours are spent.
         self.eval_bundle = None if args.eval_bundle is None else find_bundle(args.eval_bundle)
-        self.batch_size = max(1, BATCH_TOKENS // args.sequence_length)
+        self.batch_size = validation_batch_rows(args.sequence_length)
         self.token_bytes = token_byte_lengths(tokenizer).to(accelerator.device)
 
     def measure(self, step: int, *, is_last: bool) -> dict[str, float]:

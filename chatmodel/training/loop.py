@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from chatmodel.checkpoint import CheckpointWriter, latest_checkpoint, read_checkpoint
 from chatmodel.data.rows import PackedRows
@@ -18,7 +18,7 @@ from chatmodel.tokenizer import calculator_table, load_tokenizer
 from chatmodel.train_step import StepResult, StepUnderway, TrainStep
 from chatmodel.training.arguments import PretrainArguments, open_stores
 from chatmodel.training.bad_batch import as_records, describe_bad_rows, find_bad_rows
-from chatmodel.training.batch_size import choose_device_batch_size
+from chatmodel.training.batch_size import choose_device_batch_size, fit_device_batch_size
 from chatmodel.training.evaluation import Measurements
 from chatmodel.training.interruptions import StopRequested, StopSignals, collector_paused, freeze_garbage
 from chatmodel.training.loading import Loader
@@ -42,9 +42,12 @@ class Pretraining:
     def __init__(self, args: PretrainArguments, run: Run, accelerator: Accelerator) -> None:
         self.args, self.run, self.accelerator = args, run, accelerator
         self.device = accelerator.device
+        args.check_device(self.device, divided=accelerator.distributed_type == DistributedType.FSDP)
         self.ranks = Ranks(accelerator, timeout=args.rank_timeout)
         self.tokenizer = load_tokenizer(run.folder("tokenizer"))
         self.plan = args.plan(len(self.tokenizer))
+        asked = 1 if args.auto_batch else args.device_batch_size
+        self.device_batch_size = fit_device_batch_size(self.plan, asked, self.ranks.count)
         self.checkpoints = run.checkpoints("base")
         with self.ranks.explain_lost_rank(self.checkpoints), self.ranks.main_first():
             self.train_store, self.validation_store = open_stores(
@@ -63,7 +66,7 @@ class Pretraining:
             self.model,
             self.plan,
             accelerator,
-            device_batch_size=1 if args.auto_batch else args.device_batch_size,
+            device_batch_size=self.device_batch_size,
             lr_fraction=args.lr_fraction,
             compile=args.compile,
             fp8=args.fp8,
@@ -236,6 +239,7 @@ class Pretraining:
         with self._time_out():
             run_state = {
                 "state": self.state.state_dict(),
+                "settings": self.args.settings(),
                 "rows": self.loader.position,
                 "randomness": self.ranks.gather(capture_randomness(self.device)),
             }
@@ -259,17 +263,21 @@ class Pretraining:
         parts = read_checkpoint(Path(folder))
         run_state = parts.pop("run")
         self.state.load_state_dict(run_state["state"])
-        logger.info("continuing from %s", folder)
+        changed = self.state.note_changes(run_state.get("settings", {}), self.args.settings())
+        logger.info("continuing from %s%s", folder, f", changed: {changed}" if changed else "")
         if self.state.world_size != self.ranks.count:
             logger.info("it was saved by %d ranks, now there are %d", self.state.world_size, self.ranks.count)
         self._settle_batch_size()
         try:
-            self.train_step.load_state_dict(divide_state(parts, self.train_step))
+            self.train_step.load_state_dict(divide_state(parts, self.train_step), new_plan=bool(changed))
         except (KeyError, ValueError, RuntimeError) as error:
+            why = f"set back what was changed ({changed})" if changed else "it is probably another version's"
             raise UserError(
-                f"checkpoint {folder} does not fit this model ({str(error).splitlines()[0]}); it is probably another "
-                f"version's: delete {self.checkpoints} to begin anew"
+                f"checkpoint {folder} does not fit this model ({str(error).splitlines()[0]}); {why}, or delete "
+                f"{self.checkpoints} to begin anew"
             ) from None
+        if self.state.step > self.plan.steps:
+            raise UserError(f"checkpoint {folder} is behind the last of {self.plan.steps} steps; ask for more of them")
         self.rows.load_state_dict(run_state["rows"])
         ranks_before = run_state["randomness"]
         restore_randomness(ranks_before[self.ranks.rank % len(ranks_before)], self.device)
@@ -277,14 +285,13 @@ class Pretraining:
 
     def _settle_batch_size(self) -> None:
         """Find the device batch size, or take over what was found when the run was begun on as many ranks."""
-        size = self.args.device_batch_size
+        size = self.device_batch_size
         if self.args.auto_batch:
             known = self.state.device_batch_size if self.state.world_size == self.ranks.count else 0
-            compiled = self.device.type == "cuda" if self.args.compile is None else self.args.compile
             size = known or choose_device_batch_size(
                 self.train_step,
                 self.ranks,
-                compiled=compiled,
+                compiled=self.args.compiles_on(self.device.type),
                 document_capacity=self.rows.document_capacity if self.args.documents_apart else None,
             )
             self.train_step.choose_kernels(size)
@@ -339,10 +346,11 @@ class Pretraining:
             self.loader.position = begin
             self._save()
         self.writer.wait()
+        place = f"; go on from the last good state, in {self.checkpoints}, with --accept_changes"
         self.ranks.end_together(
             f"the loss became {result.loss} and the gradient's norm {result.gradient_norm} at step {self.state.step}, "
-            f"before its update: {verdict}; the address is in {address}, and the last good state "
-            f"in {self.checkpoints}: check the data, lower lr_fraction or set mixed_precision to 'no'"
+            f"before its update: {verdict}; the address is in {address}: check the data, lower lr_fraction or set "
+            f"mixed_precision to 'no'{', then start again' if self.saved_step is None else place}"
         )
 
     def finish(self, stage: Stage, *, prediction: dict[str, Any] | None) -> None:

@@ -76,6 +76,8 @@ def write_results(
     ]
     save_model_folder(model, tokenizer, stage.folder, card=card)
     write_json(stage.folder / "plan.json", plan.as_dict())
+    if state.changed_settings:
+        metrics["changed_settings"] = state.changed_settings
     if prediction is not None:
         metrics |= {"prediction": prediction, "disk_bytes": measure_disk(stage.run)}
     stage.finish(metrics)

@@ -26,14 +26,22 @@ class TrainState:
     history_stride: int = 1
     history: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    changed_settings: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values of all fields."""
-        return {**vars(self), "history": list(self.history), "evaluations": list(self.evaluations)}
+        return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values back."""
         vars(self).update(state)
+
+    def note_changes(self, before: dict[str, Any], now: dict[str, Any]) -> str:
+        """Record which settings are others from this step on; names them, if any."""
+        changed = {key: [before[key], now[key]] for key in sorted(before.keys() & now) if before[key] != now[key]}
+        if changed:
+            self.changed_settings.append({"step": self.step, "changed": changed})
+        return ", ".join(f"{key} {then} -> {value}" for key, (then, value) in changed.items())
 
     def add_loss(self, loss: float) -> None:
         """Count a step with its loss."""
