@@ -239,9 +239,8 @@ class Pretraining:
                 "rows": self.loader.position,
                 "randomness": self.ranks.gather(capture_randomness(self.device)),
             }
-            parts = copy_to_host(
-                {**self.train_step.state_dict(), "run": run_state}, self.device, keep=self.ranks.is_main
-            )
+            keep = self.ranks.is_main
+            parts = copy_to_host({**self.train_step.state_dict(keep=keep), "run": run_state}, self.device, keep=keep)
             if parts is not None:
                 self.writer.write(step, parts)
             self.saved_step, self.saved_at = step, time.monotonic()
