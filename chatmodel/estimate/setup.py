@@ -12,7 +12,8 @@ class Setup:
     Args:
         precision: "bf16" or "no" (fp32).
         compiled: whether the model is compiled; what is kept for the backward pass depends on it.
-        divided: whether weights and gradients are divided among the devices as well (FSDP), not optimizer state alone.
+        divided: whether weights and gradients are divided among the devices as well (FSDP), not optimizer state alone;
+            of that Muon's momentum is then whole on each.
         data_is_ready: whether the token store is there already.
         hourly_rate: US dollars an hour of the whole machine.
     """
