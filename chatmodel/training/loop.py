@@ -22,7 +22,7 @@ from chatmodel.training.batch_size import choose_device_batch_size
 from chatmodel.training.evaluation import Measurements
 from chatmodel.training.interruptions import StopRequested, StopSignals, collector_paused, freeze_garbage
 from chatmodel.training.loading import Loader
-from chatmodel.training.ranks import Ranks
+from chatmodel.training.ranks import Ranks, check_launch
 from chatmodel.training.results import flops_share, write_results
 from chatmodel.training.sharding import divide_state, evaluating_whole
 from chatmodel.training.state import (
@@ -43,6 +43,7 @@ class Pretraining:
         self.args, self.run, self.accelerator = args, run, accelerator
         self.device = accelerator.device
         self.ranks = Ranks(accelerator, timeout=args.rank_timeout)
+        check_launch(accelerator)
         self.tokenizer = load_tokenizer(run.folder("tokenizer"))
         self.plan = args.plan(len(self.tokenizer))
         self.checkpoints = run.checkpoints("base")
