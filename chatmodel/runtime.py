@@ -276,6 +276,9 @@ def choose_device() -> torch.device:
 def choose_precision(device: torch.device, asked: str | None = None) -> str:
     """ "bf16" or "no" (fp32): what was asked for, else bf16 where this device is faster with it, found by trying.
 
+    Accelerate's own setting is not looked at, since `accelerate launch` sets "no" where nobody asked; if the choice is
+    another one, the log says so.
+
     Raises:
         UserError: something else was asked for.
     """
@@ -287,7 +290,10 @@ def choose_precision(device: torch.device, asked: str | None = None) -> str:
         chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     else:
         chosen = "bf16" if device.type == "cpu" and _matmul_speedup(torch.bfloat16) > 1.3 else "no"
-    logger.info("precision: %s on %s", "bf16" if chosen == "bf16" else "fp32", device.type)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", chosen)
+    hint = f", not Accelerate's '{launched}', which does not count: this program's own --mixed_precision does"
+    named = "bf16" if chosen == "bf16" else "fp32"
+    logger.info("precision: %s on %s%s", named, device.type, hint if launched != chosen else "")
     return chosen
 
 

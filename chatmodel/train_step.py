@@ -234,11 +234,15 @@ class TrainStep:
         self.attention = chosen
         use_attention(chosen, length=self.model.config.max_position_embeddings, device=self.accelerator.device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer state and chosen kernels; the state is gathered, so every rank must call this."""
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """Weights, optimizer state and chosen kernels; the state is gathered, so every rank must call this.
+
+        Args:
+            keep: whether this rank wants it; where it is gathered, it costs the others no memory.
+        """
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.divided else self.optimizer.state_dict(keep=keep),
             "attention": self.attention,
         }
 

@@ -16,7 +16,14 @@ from chatmodel import GPTForCausalLM
 from chatmodel.checkpoint import write_checkpoint
 from chatmodel.devices import Device, describe_device, describe_named
 from chatmodel.estimate import memory, prediction
-from chatmodel.estimate.memory import checkpoint_bytes, largest_batch, peak_bytes, predict_disk, predict_memory
+from chatmodel.estimate.memory import (
+    checkpoint_bytes,
+    largest_batch,
+    peak_bytes,
+    predict_disk,
+    predict_memory,
+    split_parameters,
+)
 from chatmodel.estimate.prediction import check_resources, predict_run
 from chatmodel.estimate.setup import Setup
 from chatmodel.estimate.speed import Rates, Speed, predict_from_rates, predict_speed, time_model, time_small_models
@@ -86,6 +93,10 @@ def test_optimizer_state_is_divided_among_devices(plan):
     assert two["weights"] == alone["weights"]
     divided = predict_memory(plan, replace(H200, num_devices=2, divided=True))
     assert divided["weights"] == alone["weights"] // 2
+    # Under FSDP each rank moves whole matrices, with all of their momentum (`MuonAdamW._step_muon`).
+    muon = 4 * split_parameters(plan.model_config())[1]
+    assert divided["optimizer"] == muon + (alone["optimizer"] - muon) // 2
+    assert divided["update"] == alone["update"]
 
 
 def test_disk_worked_by_hand(plan):

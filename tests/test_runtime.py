@@ -6,10 +6,12 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from chatmodel.runtime import (
     UserError,
     check_model_name,
+    choose_precision,
     default_settings,
     explain_no_model,
     parse_arguments,
@@ -128,3 +130,28 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     path.write_text(json.dumps({"a": 1})[:-2])
     with pytest.raises(UserError, match="damaged"):
         read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "speedup", "said"),
+    [
+        ("no", None, 2.0, "precision: bf16 on cpu, not Accelerate's 'no', which does not count: this program's own"),
+        ("bf16", None, 1.0, "precision: fp32 on cpu, not Accelerate's 'bf16', which does not count: this"),
+        ("fp16", None, 1.0, "precision: fp32 on cpu, not Accelerate's 'fp16'"),
+        ("no", None, 1.0, "precision: fp32 on cpu\n"),
+        (None, None, 2.0, "precision: bf16 on cpu\n"),
+        ("no", "bf16", 1.0, ""),
+    ],
+)
+def test_a_precision_asked_of_accelerate_is_not_passed_over_in_silence(
+    monkeypatch, caplog, launched, asked, speedup, said
+):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr("chatmodel.runtime._matmul_speedup", lambda dtype: speedup)
+    with caplog.at_level("INFO", logger="chatmodel"):
+        chosen = choose_precision(torch.device("cpu"), asked)
+    assert chosen == (asked or ("bf16" if speedup > 1.3 else "no"))
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)

@@ -1,12 +1,14 @@
 """Agreement of ranks; what several really do is in test_training_kills.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from chatmodel.runtime import UserError
-from chatmodel.training.ranks import Ranks
+from chatmodel.training.ranks import Ranks, check_launch
 
 
 @pytest.fixture
@@ -22,6 +24,26 @@ def test_one_rank_agrees_with_itself(alone):
     assert alone.take_from_main("b") == "b"
     with alone.main_first():
         pass
+
+
+@pytest.mark.parametrize("asked", ["true", "false", None])
+def test_fsdp_that_is_asked_for_in_vain_is_said(monkeypatch, caplog, asked):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", asked)
+    check_launch(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=2, is_main_process=True))
+    assert ("FSDP is asked for and not used" in caplog.text) == (asked == "true")
+    caplog.clear()
+    check_launch(SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=2, is_main_process=True))
+    assert not caplog.text
+
+
+def test_processes_that_do_not_know_of_each_other_are_stopped(monkeypatch):
+    """`accelerate launch` for GPUs, on a machine that has none, starts them all the same."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launch(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=2, is_main_process=True))
+    with pytest.raises(UserError, match=r"2 processes were started.*ACCELERATE_USE_CPU=true"):
+        check_launch(SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, is_main_process=True))
 
 
 @pytest.mark.parametrize(

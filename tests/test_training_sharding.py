@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from tiny_pretraining import arguments, copy_run, fork, fork_ranks, make_run, train_and_save, wait, write_text
+from torch.distributed.tensor import DTensor
 
 from chatmodel.training.loop import Pretraining
 from chatmodel.training.sharding import gather_model
@@ -26,6 +27,9 @@ def train_divided(run, text, **changes):
     pretraining = Pretraining(arguments(run, text, **changes), run, accelerator)
     assert pretraining.train_step.divided
     pretraining.train()
+    kept = [(key, value) for state in pretraining.train_step.optimizer.state.values() for key, value in state.items()]
+    assert {key for key, value in kept if isinstance(value, DTensor)} == {"exp_avg", "exp_avg_sq"}
+    assert {key for key, value in kept if not isinstance(value, DTensor)} == {"step", "momentum", "second_moment"}
     weights = gather_model(pretraining.train_step).state_dict()
     if pretraining.ranks.is_main:
         torch.save(weights, run.run_dir / "weights.pt")

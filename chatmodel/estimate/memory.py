@@ -69,11 +69,11 @@ def predict_memory(plan: RunPlan, setup: Setup) -> dict[str, int]:
     parts = {
         "weights": plan.parameters * setup.value_bytes // shares,
         "gradients": plan.parameters * GRADIENT_BYTES // shares,
-        "optimizer": _optimizer_bytes(plan, setup) // setup.num_devices,
+        "optimizer": _held_optimizer_bytes(plan, setup),
         "activations": tokens * width * (layer * config.num_hidden_layers + once) * setup.value_bytes,
         "logits": logits * setup.value_bytes + working * WORKING_LOGIT_BYTES,
         "head": vocabulary * width * VOCABULARY_GRADIENT_BYTES,
-        "update": UPDATE_BYTES * stack // setup.num_devices,
+        "update": UPDATE_BYTES * stack // (1 if setup.divided else setup.num_devices),
         "validation": scored * vocabulary * setup.value_bytes * copies,
     }
     if setup.device.kind == "cpu":
@@ -116,6 +116,13 @@ def _optimizer_bytes(plan: RunPlan, setup: Setup) -> int:
     adam, muon, _ = split_parameters(plan.model_config())
     master = MASTER_BYTES if setup.precision == "bf16" else 0
     return adam * (ADAM_BYTES + master) + muon * (MUON_BYTES + master)
+
+
+def _held_optimizer_bytes(plan: RunPlan, setup: Setup) -> int:
+    """Of one device: its part, but with weights divided the whole momentum of Muon, which works on whole matrices."""
+    _, muon, _ = split_parameters(plan.model_config())
+    whole = muon * MUON_BYTES if setup.divided else 0
+    return whole + (_optimizer_bytes(plan, setup) - whole) // setup.num_devices
 
 
 def predict_disk(plan: RunPlan, setup: Setup) -> dict[str, int]:

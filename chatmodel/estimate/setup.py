@@ -14,7 +14,8 @@ class Setup:
     Args:
         precision: "bf16" or "no" (fp32).
         compiled: whether the model is compiled; what is kept for the backward pass depends on it.
-        divided: whether weights and gradients are divided among the devices as well (FSDP), not optimizer state alone.
+        divided: whether weights and gradients are divided among the devices as well (FSDP), not optimizer state alone;
+            of that Muon's momentum is then whole on each.
         data_is_ready: whether the token store is there already.
         cores: of the machine's processor, which make the token store.
         store_share: tokens that are stored for each one that is trained on.

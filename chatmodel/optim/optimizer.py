@@ -150,12 +150,16 @@ class MuonAdamW(torch.optim.Optimizer):
         else:
             torch._foreach_copy_(list[torch.Tensor](parameters), masters)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All state, under each parameter's number; with `ownership` every rank must call it, and gets all of it."""
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """All state, under each parameter's number; with `ownership` every rank must call it.
+
+        Args:
+            keep: whether this rank wants what others own; without it the state is empty then.
+        """
         parameters = self.parameters
         state = {number: dict(self.state[p]) for number, p in enumerate(parameters) if p in self.state}
         if self.ownership is not None:
-            state = self.ownership.gather_state(parameters, state)
+            state = self.ownership.gather_state(parameters, state, keep=keep)
         groups, number = [], 0
         for group in self.param_groups:
             members = list(range(number, number + len(group["params"])))

@@ -43,8 +43,14 @@ class Ownership:
         """Send each parameter from its owner to the others."""
         _wait([dist.broadcast(parameter.data, src=self.owners[parameter], async_op=True) for parameter in parameters])
 
-    def gather_state(self, parameters: Sequence[nn.Parameter], mine: dict[int, Any]) -> dict[int, Any]:
-        """The state of all parameters, by number, on the CPU of every rank, from what each rank has of its own."""
+    def gather_state(
+        self, parameters: Sequence[nn.Parameter], mine: dict[int, Any], *, keep: bool = True
+    ) -> dict[int, Any]:
+        """The state of all parameters, by number, on the CPU, from what each rank has of its own.
+
+        Args:
+            keep: whether this rank wants it; the others only take part, hold one tensor at a time, and get nothing.
+        """
         layouts: list[Any] = [None] * self.world_size
         layout = {n: {key: (t.shape, t.dtype) for key, t in state.items()} for n, state in mine.items()}
         dist.all_gather_object(layouts, layout)
@@ -57,7 +63,8 @@ class Ownership:
                     value = torch.empty(shape, dtype=dtype, device=parameter.device)
                 value = value.contiguous()
                 dist.broadcast(value, src=owner)
-                gathered.setdefault(number, {})[key] = value.cpu()
+                if keep:
+                    gathered.setdefault(number, {})[key] = value.cpu()
         return gathered
 
 

@@ -22,7 +22,7 @@ from chatmodel.training.batch_size import choose_device_batch_size, fit_device_b
 from chatmodel.training.evaluation import Measurements
 from chatmodel.training.interruptions import StopRequested, StopSignals, collector_paused, freeze_garbage
 from chatmodel.training.loading import Loader
-from chatmodel.training.ranks import Ranks
+from chatmodel.training.ranks import Ranks, check_launch
 from chatmodel.training.results import flops_share, write_results
 from chatmodel.training.sharding import divide_state, evaluating_whole
 from chatmodel.training.state import (
@@ -44,6 +44,7 @@ class Pretraining:
         self.device = accelerator.device
         args.check_device(self.device, divided=accelerator.distributed_type == DistributedType.FSDP)
         self.ranks = Ranks(accelerator, timeout=args.rank_timeout)
+        check_launch(accelerator)
         self.tokenizer = load_tokenizer(run.folder("tokenizer"))
         self.plan = args.plan(len(self.tokenizer))
         asked = 1 if args.auto_batch else args.device_batch_size
@@ -243,9 +244,8 @@ class Pretraining:
                 "rows": self.loader.position,
                 "randomness": self.ranks.gather(capture_randomness(self.device)),
             }
-            parts = copy_to_host(
-                {**self.train_step.state_dict(), "run": run_state}, self.device, keep=self.ranks.is_main
-            )
+            keep = self.ranks.is_main
+            parts = copy_to_host({**self.train_step.state_dict(keep=keep), "run": run_state}, self.device, keep=keep)
             if parts is not None:
                 self.writer.write(step, parts)
             self.saved_step, self.saved_at = step, time.monotonic()

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
 
-from chatmodel.runtime import UserError
+from chatmodel.runtime import UserError, logger
 
 PREPARATION_TIMEOUT = timedelta(days=2)  # to make a token store of any size
 LOST_RANK_WORDS = ("connection closed", "connection reset", "timed out", "gloo", "nccl", "broken pipe", "socket")
@@ -35,6 +35,27 @@ def join_ranks(*, timeout: float) -> None:
     on_cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     backend = "cuda:nccl,cpu:gloo" if on_cuda else "gloo"
     dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=limit)
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Say that FSDP was asked for and Accelerate does not give it, as on CPUs and to a single process.
+
+    Raises:
+        UserError: processes were started together that do not know of each other, and would all write to one run.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and accelerator.num_processes == 1:
+        raise UserError(
+            f"{started} processes were started, and Accelerate lets each train alone, as it finds no GPU; start one, "
+            "or set ACCELERATE_USE_CPU=true in the environment for training on several CPU ranks"
+        )
+    ignored = parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP
+    if ignored and accelerator.is_main_process:
+        logger.warning(
+            "FSDP is asked for and not used, as Accelerate has it for several GPUs only: every process (there are %d) "
+            "holds the whole model; start one process per GPU, or leave FSDP out of the Accelerate config",
+            accelerator.num_processes,
+        )
 
 
 class Ranks:
