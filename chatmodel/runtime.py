@@ -24,6 +24,8 @@ import transformers
 import yaml
 from trl import TrlParser
 
+from chatmodel.launchers import follow_launcher
+
 logger = logging.getLogger("chatmodel")
 
 REPORTED_PACKAGES = (
@@ -47,10 +49,11 @@ class UserError(ValueError):
 
 
 def entry_point(main: Callable[[], None]) -> None:
-    """Run a recipe's `main`: log to stderr, and turn a `UserError` into one sentence and exit code 2."""
+    """Run a recipe's `main`: log to stderr, end with its launcher, make a `UserError` a sentence and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     silence_noise()
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+    follow_launcher()
     try:
         main()
     except UserError as error:

@@ -6,6 +6,7 @@ recipes/grpo.py. With `--parallel` so many at once, on one GPU as well.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from chatmodel.launchers import LAUNCHER
 from chatmodel.problems import combine_pass
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, entry_point, read_json, write_json
@@ -46,7 +48,11 @@ def run_seed(args: argparse.Namespace, others: list[str], seed: int) -> dict[str
     command = [sys.executable, str(RECIPE), "--config", str(args.config), "--run_dir", str(target.run_dir)]
     with (target.run_dir / "rl.log").open("a") as log:
         done = subprocess.run(
-            [*command, "--seed", str(seed), *others], stdout=log, stderr=subprocess.STDOUT, check=False
+            [*command, "--seed", str(seed), *others],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {LAUNCHER: str(os.getpid())},
+            check=False,
         )
     if done.returncode:
         last = (target.run_dir / "rl.log").read_text().strip().splitlines()[-1:]

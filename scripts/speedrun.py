@@ -2,12 +2,12 @@
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from chatmodel.launchers import Launch
 from chatmodel.report.tables import write_content
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, entry_point, read_json, requested_settings
@@ -96,9 +96,13 @@ def build_command(stage: tuple[str, str, str, tuple[str, ...]], args: argparse.N
 
 def launch(name: str, command: list[str], accelerate_config: Path | None) -> None:
     start = [sys.executable]
-    if accelerate_config is not None and name in TRAINING_STAGES:
+    by_launcher = accelerate_config is not None and name in TRAINING_STAGES
+    if by_launcher:
         start += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(accelerate_config)]
-    code = subprocess.run([*start, *command], check=False).returncode
+    launched = Launch([*start, *command], name=f"stage {name}", by_launcher=by_launcher)
+    code = launched.run()
+    if launched.received is not None:
+        sys.exit(128 + launched.received)  # as shells say which signal it was
     if code:
         raise UserError(f"stage {name} ended with exit code {code}; mend what it says above and start again")
 

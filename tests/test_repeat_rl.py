@@ -41,7 +41,7 @@ def measured(right, counts):
 def make_recipe(after):
     """A stand-in for the recipe that solves what `after` says for its seed."""
 
-    def run(command, stdout, stderr, check):
+    def run(command, stdout, stderr, env, check):
         options = dict(zip(command[2::2], command[3::2], strict=True))
         seed = options["--seed"]
         (first, first_samples), (last, last_samples) = measured([0, 1, 0, 1], [0, 2, 0, 2]), measured(*after[seed])
@@ -76,7 +76,7 @@ def test_seeds_run_apart_and_are_put_together(script, source, monkeypatch, capsy
 
 
 def test_a_failure_is_said_with_its_last_line(script, source, monkeypatch):
-    def fail(command, stdout, stderr, check):
+    def fail(command, stdout, stderr, env, check):
         stdout.write("a\nerror: no such thing\n")
         stdout.flush()
         return SimpleNamespace(returncode=2)

@@ -22,12 +22,13 @@ def test_a_signal_is_noted(name):
     assert signal.getsignal(number) == before
 
 
-def test_interrupting_twice_means_now():
+@pytest.mark.parametrize("first", SIGNALS)
+def test_interrupting_after_another_signal_means_now(first):
     with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), getattr(signal, first))
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == "SIGINT"
+        assert signals.received == first
 
 
 def test_where_nothing_is_to_be_saved_a_signal_stops_at_once():

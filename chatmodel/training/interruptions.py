@@ -17,7 +17,7 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Within `with`, signals only set `received`, which the loop reads after each step; Ctrl-C twice ends at once."""
+    """Within `with`, signals only set `received`, which the loop reads after a step; Ctrl-C after one ends at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -46,7 +46,7 @@ class StopSignals:
             self._at_once = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
+        if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
         if self._at_once:
