@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "chatmodel"
 LAYERS = [  # lowest first
+    {"field_values"},
     {"model", "runtime", "execution", "vllm_plugin"},
     {"runs", "scaling", "tokenizer", "devices", "workers"},
     {"kernels", "data", "optim", "tokenizer_comparison"},

@@ -95,6 +95,12 @@ class PretrainArguments:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must be 0 or more")
+        if self.eval_tokens < 2:
+            raise UserError(
+                f"eval_tokens={self.eval_tokens} must be at least 2, as a document's first token is not text"
+            )
         check_positive(lr_fraction=self.lr_fraction, **{name: getattr(self, name) for name in TIMES})
         for name, choices in CHOICES.items():
             if getattr(self, name) not in (None, *choices):
