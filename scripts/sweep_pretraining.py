@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
 from chatmodel.data.rows import PACKINGS, PackedRows
-from chatmodel.data.store import TokenStore
+from chatmodel.data.store import TokenStore, check_tokenizer
 from chatmodel.evaluation.bits_per_byte import document_bits_per_byte
 from chatmodel.field_values import write_plainly
 from chatmodel.model import GPTConfig, GPTForCausalLM
@@ -198,11 +198,13 @@ def main() -> None:
     args = parse()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     tokenizer = load_tokenizer(args.run_dir / "tokenizer")
+    for split in ("train", "validation"):
+        check_tokenizer(TokenStore.open(args.run_dir / "data" / split), tokenizer)
+    variants = [read_variant(text) for text in args.variants]
+    plans = [build_plan(args, variant, len(tokenizer)) for _, variant in variants]  # all are refused before any runs
     cpu = not torch.cuda.is_available()
     precision = choose_precision(torch.device("cpu" if cpu else "cuda"), args.mixed_precision)
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
-    variants = [read_variant(text) for text in args.variants]
-    plans = [build_plan(args, variant, len(tokenizer)) for _, variant in variants]  # all are refused before any runs
     for (name, variant), plan in zip(variants, plans, strict=True):
         line = {"name": name, **variant, **run_variant(args, plan, variant, tokenizer, accelerator)}
         print(json.dumps(line), flush=True)

@@ -8,7 +8,7 @@ import pytest
 
 from chatmodel.data.store import build_token_store
 from chatmodel.runtime import UserError
-from chatmodel.tokenizer import save_tokenizer
+from chatmodel.tokenizer import save_tokenizer, train_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "sweep_pretraining.py"
 
@@ -44,6 +44,18 @@ def test_a_variant_that_cannot_be(sweep, tokenizer, tmp_path, variant, named):
     make_stores(tokenizer, tmp_path)
     with pytest.raises(UserError, match=named):
         sweep("plain:", variant)
+
+
+def test_a_store_of_another_tokenizer(sweep, tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    make_stores(train_tokenizer(["other words"] * 10, 270, max_chars=1000, doc_cap=100), tmp_path)
+    with pytest.raises(UserError, match=r"data.train was made with another tokenizer; delete it and make it anew"):
+        sweep("plain:")
+
+
+def test_a_run_without_a_tokenizer(sweep):
+    with pytest.raises(UserError, match=r"has no tokenizer yet; run recipes/train_tokenizer\.py"):
+        sweep("plain:")
 
 
 def make_stores(tokenizer, folder):
