@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_pretraining import SETTINGS, make_run, write_text
 
+from chatmodel.data.store import TokenStore
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, read_json
 
@@ -35,6 +36,17 @@ def test_a_store_is_made_by_what_pretraining_is_asked(prepare, tokenizer, tmp_pa
     prepare(max_steps=16, hourly_rate=2.5)
     manifest = read_json(run.folder("data") / "train" / "manifest.json")
     assert manifest["max_tokens"] == int(1.05 * 16 * 64)
+
+
+def test_text_that_is_read_several_times_is_mentioned(prepare, tokenizer, tmp_path, caplog):
+    run = make_run(tmp_path / "run", tokenizer, write_text(tmp_path / "text"))
+    with caplog.at_level("INFO", logger="chatmodel"):
+        prepare(max_steps=16)
+        assert "will be read" not in caplog.text
+        prepare(max_steps=10_000)
+    tokens = TokenStore.open(run.folder("data") / "train").num_tokens
+    times = f"{640_000 / tokens:.1f}"
+    assert f"the text has {tokens:,} tokens and will be read {times} times; see decay_fraction" in caplog.text
 
 
 def test_a_dry_run_is_refused_and_the_store_is_left_alone(prepare, tokenizer, tmp_path):

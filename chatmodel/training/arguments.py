@@ -12,13 +12,14 @@ from chatmodel.data.store import TokenStore, ensure_token_store
 from chatmodel.evaluation.bundle import HOW_TO_GET_BUNDLE, find_place, is_address
 from chatmodel.kernels.fp8 import check_fp8
 from chatmodel.runs import Run, leave_out_neutral
-from chatmodel.runtime import UserError
+from chatmodel.runtime import UserError, logger
 from chatmodel.scaling import RECIPES, RunPlan, check_positive, plan_run
 
 COUNTS = ("eval_every", "eval_tokens", "core_every", "sample_every", "save_every", "log_every", "device_batch_size")
 TIMES = ("save_every_minutes", "data_timeout", "rank_timeout")
 # Tokens that are stored for each one that is trained on: best-fit rows leave out the ends of long documents.
 STORE_SHARES = {"best_fit": 1.5, "best_fit_whole": 1.05, "contiguous": 1.05}
+MENTIONED_PASSES = 1.5  # weight decay is planned for text that is read once
 CHOICES = {
     "recipe": RECIPES,
     "packing": tuple(STORE_SHARES),
@@ -171,9 +172,9 @@ def open_stores(
 ) -> tuple[TokenStore, TokenStore]:
     """The token stores a run trains and validates on, built where they are not there yet.
 
-    The main process alone reads them through for damage.
+    The main process alone reads them through for damage. Text that will be read several times is mentioned.
     """
-    return ensure_token_store(
+    train, validation = ensure_token_store(
         args.dataset,
         tokenizer,
         run.folder("data"),
@@ -184,3 +185,13 @@ def open_stores(
         on_bad_shard=args.on_bad_shard,
         check_hash=is_main,
     )
+    passes = count_passes(plan, train)
+    if passes > MENTIONED_PASSES:
+        tokens = f"{train.num_tokens:,}"
+        logger.info("the text has %s tokens and will be read %.1f times; see decay_fraction", tokens, passes)
+    return train, validation
+
+
+def count_passes(plan: RunPlan, store: TokenStore) -> float:
+    """How often a run reads each token of its store, on average; what best-fit rows leave out counts as read."""
+    return plan.train_tokens / store.num_tokens
