@@ -1,5 +1,6 @@
 """What every entry point needs around its work: arguments, clear errors, JSON files, facts about the machine."""
 
+import argparse
 import difflib
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import psutil
 import torch
@@ -24,6 +25,7 @@ import transformers
 import yaml
 from trl import TrlParser
 
+from chatmodel.field_values import fit_value, write_plainly
 from chatmodel.launchers import follow_launcher
 
 logger = logging.getLogger("chatmodel")
@@ -88,6 +90,11 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
         """Called by argparse."""
         raise UserError(f"{message}; --help lists the options")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Called by argparse; the type may be TRL's own function around `int`, of that name."""
+        is_whole = getattr(action.type, "__name__", "") == "int"
+        return super()._get_value(action, write_plainly(arg_string) if is_whole else arg_string)
+
 
 def parse_arguments(*dataclasses: Any) -> tuple[Any, ...]:
     """One filled instance per dataclass: defaults < `--config` YAML < command line.
@@ -108,15 +115,11 @@ def parse_arguments(*dataclasses: Any) -> tuple[Any, ...]:
     if arguments[-1:] == ["--config"]:
         raise UserError("--config stands at the end; it takes the path of a YAML file")
     if "--config" in arguments:
-        check_config_keys(arguments[arguments.index("--config") + 1], known[1:])
+        position = arguments.index("--config")
+        _, path = arguments.pop(position), arguments.pop(position)
+        parser.set_defaults_with_config(**read_typed_config(path, dataclasses))
     try:
-        *filled, left_over = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"config file {error.filename} does not exist; --config takes the path of a YAML file"
-        ) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"the config file is not valid YAML: {' '.join(str(error).split())}") from None
+        *filled, left_over = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except UserError:
         raise
     except ValueError as error:
@@ -135,17 +138,25 @@ def check_options(arguments: Sequence[str], known: Sequence[str]) -> None:
             raise UserError(f"there is no option {option}{suggest(name, known, '--')}; --help lists the options")
 
 
-def check_config_keys(path: str, known: Sequence[str]) -> None:
-    """Refuse a key of a YAML file that no dataclass has, by name and with the key that was probably meant."""
-    try:
-        keys = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError):
-        return  # the parser says what is wrong with the file itself
-    for key in keys if isinstance(keys, dict) else ():
+def read_typed_config(path: str, dataclasses: Sequence[Any]) -> dict[str, Any]:
+    """The settings of a YAML file, each a field of one of the dataclasses, and of its type.
+
+    Raises:
+        UserError: the first that is not, with the key that was probably meant.
+    """
+    hints = {name: hint for one in dataclasses for name, hint in get_type_hints(one).items()}
+    known = [field.name for one in dataclasses for field in fields(one)]
+    settings = read_config(path)
+    for key, value in settings.items():
         if key not in known:
             raise UserError(
                 f"config file {path} has the unknown key {key}{suggest(key, known)}; --help lists the keys"
             )
+        try:
+            settings[key] = fit_value(key, value, hints[key])
+        except ValueError as error:
+            raise UserError(f"{error}; correct it in the config file {path}") from None
+    return settings
 
 
 def suggest(name: Any, known: Sequence[str], prefix: str = "") -> str:

@@ -169,6 +169,8 @@ def plan_run(
             f"total_batch_tokens={total_batch_tokens} is no multiple of sequence_length={sequence_length}; "
             "change one of them"
         )
+    if window_pattern is not None and (not window_pattern or set(window_pattern) - {"S", "L"}):
+        raise UserError(f"window_pattern={window_pattern!r} may only hold the letters S (sliding) and L (full)")
     seed = recipe == "seed"
     model = _model_settings(depth, vocab_size, sequence_length, head_dim, window_pattern, recipe=recipe)
     config = GPTConfig(**model)
@@ -266,6 +268,8 @@ def _model_settings(
         if width % heads or (width // heads) % 2:
             raise UserError(f"depth={depth} gives the seed recipe {width} channels for {heads} heads; choose another")
     else:
+        if head_dim % 2:
+            raise UserError(f"head_dim={head_dim} must be even, as channels are turned in pairs")
         heads = math.ceil(64 * depth / head_dim)
         width = heads * head_dim
     settings: dict[str, Any] = {

@@ -244,6 +244,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
         UserError: there is none, it is damaged, or it was not made by `train_tokenizer`.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
+        if Path(folder).name == "tokenizer":  # a run's own
+            raise UserError(f"{Path(folder).parent} has no tokenizer yet; run recipes/train_tokenizer.py for it first")
         raise UserError(explain_no_model(Path(folder)))
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)

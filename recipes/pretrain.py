@@ -1,7 +1,7 @@
 """Pretrain a base model: `accelerate launch recipes/pretrain.py --config recipes/configs/cpu/pretrain.yaml`."""
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,37 +27,12 @@ from chatmodel.runtime import (
 )
 from chatmodel.scaling import RunPlan
 from chatmodel.tokenizer import load_tokenizer
-from chatmodel.training.arguments import STORE_SHARES, PretrainArguments
+from chatmodel.training.arguments import STORE_SHARES, PredictionArguments, PretrainArguments
 from chatmodel.training.loop import Pretraining
 from chatmodel.training.ranks import join_ranks
 from chatmodel.workers import count_cores
 
 VOCAB_SIZE = 32_768  # of the presets for GPUs
-
-
-@dataclass
-class PredictionArguments:
-    """What else can be asked of a prediction; a run keeps the one it began with, for its report."""
-
-    hourly_rate: float | None = field(default=None, metadata={"help": "US dollars an hour of the whole machine."})
-    device_name: str | None = field(default=None, metadata={"help": "--dry_run for another GPU, e.g. 'RTX 4090'."})
-    num_devices: int | None = field(default=None, metadata={"help": "--dry_run for so many of --device_name."})
-    vocab_size: int | None = field(default=None, metadata={"help": "--dry_run before there is a tokenizer; 32,768."})
-    measure: bool = field(default=False, metadata={"help": "--dry_run by steps of the model itself, not by estimate."})
-    plan_json: Path | None = field(default=None, metadata={"help": "--dry_run also writes all it knows here."})
-
-    def check(self, *, dry_run: bool) -> None:
-        """Refuse what cannot be or has no meaning."""
-        for name in ("device_name", "measure", "plan_json", "vocab_size"):
-            if getattr(self, name) not in (None, False) and not dry_run:
-                raise UserError(f"{name} is for a dry run; add --dry_run or leave it out")
-        for name in ("hourly_rate", "num_devices", "vocab_size"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
-        if self.device_name is None and self.num_devices is not None:
-            raise UserError("num_devices is for --device_name; here as many devices count as processes are launched")
-        if self.device_name is not None and self.measure:
-            raise UserError("measure times this machine's device, and device_name is about another; leave one out")
 
 
 def build_accelerator(args: PretrainArguments) -> Accelerator:

@@ -8,7 +8,6 @@ ours at the same sizes. Several devices: `torchrun --nproc_per_node N scripts/be
 
 import argparse
 import json
-import logging
 import os
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from chatmodel.model import GPTForCausalLM
-from chatmodel.runtime import choose_precision
+from chatmodel.runtime import UserError, choose_precision, entry_point
 from chatmodel.scaling import RunPlan, plan_run
 from chatmodel.train_step import TrainStep
 
@@ -58,9 +57,20 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan(args: argparse.Namespace) -> RunPlan:
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured before anything is: here the rows asked for are the rows of a micro-batch."""
+    for depth in args.depths:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        plan(args, depth).accumulation_steps(args.device_batch_size, world_size)
+    if args.nanochat is not None and not (args.nanochat / "nanochat" / "gpt.py").is_file():
+        raise UserError(
+            f"{args.nanochat} is no checkout of nanochat (it has no nanochat/gpt.py); clone it there first"
+        )
+
+
+def plan(args: argparse.Namespace, depth: int) -> RunPlan:
     return plan_run(
-        args.depths[0],
+        depth,
         vocab_size=args.vocab_size,
         sequence_length=args.sequence_length,
         recipe=args.recipe,
@@ -77,7 +87,7 @@ def build_ours(
     cpu = not torch.cuda.is_available()
     precision = choose_precision(torch.device("cpu" if cpu else "cuda"), args.mixed_precision)
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
-    run = plan(args)
+    run = plan(args, args.depths[0])
     model = GPTForCausalLM(run.model_config())
     step = TrainStep(model, run, accelerator, device_batch_size=args.device_batch_size, fp8=fp8, documents_apart=apart)
     count = iter(range(10**9))
@@ -259,7 +269,7 @@ def render(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     args = parse()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    check(args)
     if args.single:
         result = measure(args)
         if int(os.environ.get("RANK", "0")) == 0:
@@ -287,4 +297,4 @@ def keep(args: argparse.Namespace, results: list[dict[str, Any]], ceilings: dict
 
 
 if __name__ == "__main__":
-    main()
+    entry_point(main)

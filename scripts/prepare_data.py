@@ -1,17 +1,20 @@
 """Build the token store of a run ahead of time: `python scripts/prepare_data.py --config CONFIG/pretrain.yaml`.
 
-It takes pretraining's own arguments, and needs the run's tokenizer; pretraining then starts at once.
+It takes pretraining's own arguments but `--dry_run`, and needs the run's tokenizer; pretraining then starts at once.
 """
 
 from chatmodel.data.store import TokenStore
 from chatmodel.runs import Run
-from chatmodel.runtime import entry_point, logger, parse_arguments
+from chatmodel.runtime import UserError, entry_point, logger, parse_arguments
 from chatmodel.tokenizer import load_tokenizer
-from chatmodel.training.arguments import PretrainArguments, open_stores
+from chatmodel.training.arguments import PredictionArguments, PretrainArguments, open_stores
 
 
 def main() -> None:
-    (args,) = parse_arguments(PretrainArguments)
+    args, asked = parse_arguments(PretrainArguments, PredictionArguments)
+    if args.dry_run:
+        raise UserError("this script writes the token store; leave dry_run out, or give it to recipes/pretrain.py")
+    asked.check(dry_run=False)
     run = Run(args.run_dir)
     tokenizer = load_tokenizer(run.folder("tokenizer"))
     stores = open_stores(args, args.plan(len(tokenizer)), tokenizer, run)

@@ -29,10 +29,12 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 
-from chatmodel.data.rows import PackedRows
-from chatmodel.data.store import TokenStore
+from chatmodel.data.rows import PACKINGS, PackedRows
+from chatmodel.data.store import TokenStore, check_tokenizer
 from chatmodel.evaluation.bits_per_byte import document_bits_per_byte
+from chatmodel.field_values import write_plainly
 from chatmodel.model import GPTConfig, GPTForCausalLM
 from chatmodel.runtime import UserError, choose_precision, entry_point
 from chatmodel.scaling import GroupPlan, RunPlan, plan_run
@@ -40,7 +42,10 @@ from chatmodel.tokenizer import load_tokenizer, token_byte_lengths
 from chatmodel.train_step import StepResult, TrainStep
 from chatmodel.training.loading import Loader
 
-OWN_KEYS = ("batch", "tokens", "depth", "seed", "packing", "documents_apart", "lr", "decay", "warmdown", "final_lr")
+WHOLE_KEYS = ("batch", "tokens", "depth", "seed")
+NUMBER_KEYS = ("lr", "decay", "warmdown", "final_lr")
+OWN_KEYS = (*WHOLE_KEYS, *NUMBER_KEYS, "packing", "documents_apart")
+FACTORS = ("lr_", "decay_")  # of one group
 Variant = dict[str, Any]
 
 
@@ -65,7 +70,17 @@ def read_variant(text: str) -> tuple[str, Variant]:
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
     if not colon or not all(key and value for key, _, value in pairs):
         raise UserError(f"variant {text!r} is not of the form name:key=value,key=value")
-    return name, {key: yaml.safe_load(value) for key, _, value in pairs}
+    return name, {key: read_value(key, value) for key, _, value in pairs}
+
+
+def read_value(key: str, text: str) -> Any:
+    is_whole = key in WHOLE_KEYS
+    if not is_whole and key not in NUMBER_KEYS and not key.startswith(FACTORS):
+        return yaml.safe_load(text)
+    try:
+        return int(write_plainly(text)) if is_whole else float(text)
+    except ValueError:
+        raise UserError(f"{key}={text} must be a {'whole ' if is_whole else ''}number") from None
 
 
 def build_plan(args: argparse.Namespace, variant: Variant, vocab_size: int) -> RunPlan:
@@ -79,7 +94,7 @@ def build_plan(args: argparse.Namespace, variant: Variant, vocab_size: int) -> R
         total_batch_tokens=variant.get("batch"),
         window_pattern=variant.get("window_pattern"),
     )
-    factors = {key: value for key, value in variant.items() if key.startswith(("lr_", "decay_"))}
+    factors = {key: value for key, value in variant.items() if key.startswith(FACTORS)}
     unknown = [key for key in factors if key.partition("_")[2] not in plan.groups]
     if unknown:
         raise UserError(f"{unknown[0]} names no group; there are {', '.join(plan.groups)}")
@@ -87,6 +102,9 @@ def build_plan(args: argparse.Namespace, variant: Variant, vocab_size: int) -> R
     foreign = [key for key in settings if not hasattr(GPTConfig(), key)]
     if foreign:
         raise UserError(f"{foreign[0]} is no key of a variant and no setting of the model; see --help")
+    check_settings(plan.model | settings)
+    if variant.get("packing", PACKINGS[0]) not in PACKINGS:
+        raise UserError(f"packing={variant['packing']} is unknown; choose one of {', '.join(PACKINGS)}")
     schedule = replace(
         plan.schedule,
         warmdown_steps=round(variant.get("warmdown", plan.schedule.warmdown_steps / plan.steps) * plan.steps),
@@ -94,6 +112,15 @@ def build_plan(args: argparse.Namespace, variant: Variant, vocab_size: int) -> R
     )
     groups = {name: scale_group(name, group, variant) for name, group in plan.groups.items()}
     return replace(plan, groups=groups, schedule=schedule, model=plan.model | settings)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuse what is no model's configuration, in one sentence."""
+    try:
+        GPTConfig(**settings)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"a variant asks for a model that cannot be: {reason}") from None
 
 
 def scale_group(name: str, group: GroupPlan, variant: Variant) -> GroupPlan:
@@ -171,11 +198,13 @@ def main() -> None:
     args = parse()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     tokenizer = load_tokenizer(args.run_dir / "tokenizer")
+    for split in ("train", "validation"):
+        check_tokenizer(TokenStore.open(args.run_dir / "data" / split), tokenizer)
+    variants = [read_variant(text) for text in args.variants]
+    plans = [build_plan(args, variant, len(tokenizer)) for _, variant in variants]  # all are refused before any runs
     cpu = not torch.cuda.is_available()
     precision = choose_precision(torch.device("cpu" if cpu else "cuda"), args.mixed_precision)
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
-    variants = [read_variant(text) for text in args.variants]
-    plans = [build_plan(args, variant, len(tokenizer)) for _, variant in variants]  # all are refused before any runs
     for (name, variant), plan in zip(variants, plans, strict=True):
         line = {"name": name, **variant, **run_variant(args, plan, variant, tokenizer, accelerator)}
         print(json.dumps(line), flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "chatmodel"
 LAYERS = [  # lowest first
-    {"launchers"},
+    {"field_values", "launchers"},
     {"model", "runtime", "execution", "vllm_plugin"},
     {"runs", "scaling", "tokenizer", "devices", "workers"},
     {"kernels", "data", "optim", "tokenizer_comparison"},

@@ -95,6 +95,7 @@ def test_a_default_that_is_written_out_is_no_change(run, tmp_path, monkeypatch):
         return run.read_result("base")
 
     made = start()
+    assert made["metrics"]["passes"] == pytest.approx(128 / made["metrics"]["dataset"]["tokens"])
     assert start(seed=42, eval_every=3)["id"] == made["id"]
     with pytest.raises(SystemExit):
         start(seed=43)

@@ -369,6 +369,10 @@ def test_rows_that_do_not_fit_are_lowered(recipe, monkeypatch, tmp_path, capsys,
         (["--lr_fraction", "inf"], "lr_fraction=inf"),
         (["--decay_fraction", "nan"], "decay_fraction=nan"),
         (["--rank_timeout", "inf"], "rank_timeout=inf"),
+        (["--window_pattern", "XYZ"], "window_pattern='XYZ' may only hold the letters"),
+        (["--head_dim", "31"], "head_dim=31 must be even"),
+        (["--seed", "-1"], "seed=-1 must be 0 or more"),
+        (["--eval_tokens", "1"], "eval_tokens=1 must be at least 2"),
     ],
 )
 def test_a_dry_run_refuses(recipe, monkeypatch, tmp_path, options, named):

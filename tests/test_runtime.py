@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ class Arguments:
     depth: int = field(default=4, metadata={"help": "layers"})
     name: str | None = None
     fast: bool = False
+    rate: float = 1.0
+    anything: list[Any] | None = None
 
 
 def test_command_line_beats_yaml_beats_default(tmp_path, monkeypatch):
@@ -45,6 +48,48 @@ def test_a_bad_config_is_one_sentence(tmp_path, monkeypatch, text, named):
     monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(config)])
     with pytest.raises(UserError, match=named):
         parse_arguments(Arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("depth: 1e3", {"depth": 1000}),
+        ("depth: 1.0e+3", {"depth": 1000}),
+        ("rate: 1e-3", {"rate": 0.001}),
+        ("rate: 2", {"rate": 2}),
+        ("name: no", {"name": "no"}),
+        ("name: 12", {"name": "12"}),
+        ("name: null", {"name": None}),
+        ("fast: off", {"fast": False}),
+        ("fast: yes", {"fast": True}),
+        ("anything: [1, no]", {"anything": [1, False]}),
+    ],
+)
+def test_values_of_a_config_are_of_their_fields_types(tmp_path, monkeypatch, line, found):
+    (tmp_path / "a.yaml").write_text(line)
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(tmp_path / "a.yaml")])
+    assert parse_arguments(Arguments)[0] == Arguments(**found)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("depth: [2]", "depth=[2] must be a whole number"),
+        ("depth: true", "depth=True must be a whole number"),
+        ("depth: 2.7", "depth=2.7 must be a whole number"),
+        ("depth: null", "depth=None must be a whole number"),
+        ("depth: 2e-1", "argument --depth: invalid int value: '2e-1'"),
+        ("rate: {a: 1}", "rate={'a': 1} must be a number"),
+        ("name: [a]", "name=['a'] must be text or null"),
+        ("fast: 3", "fast=3 must be true or false"),
+    ],
+)
+def test_a_value_of_another_type_is_one_sentence(tmp_path, monkeypatch, line, sentence):
+    (tmp_path / "a.yaml").write_text(line)
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(tmp_path / "a.yaml")])
+    with pytest.raises(UserError) as error:
+        parse_arguments(Arguments)
+    assert str(error.value).startswith(sentence)
 
 
 def test_a_missing_config_is_named(monkeypatch):
@@ -108,7 +153,8 @@ def test_words_of_the_command_line_stay_as_they_are_written(tmp_path):
 
 
 def test_defaults_are_what_json_can_hold():
-    assert default_settings(Arguments) == {"depth": 4, "name": None, "fast": False}
+    expected = {"depth": 4, "name": None, "fast": False, "rate": 1.0, "anything": None}
+    assert default_settings(Arguments) == expected
 
 
 def test_an_error_is_one_sentence_and_exit_code_2():

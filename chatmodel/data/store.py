@@ -341,12 +341,26 @@ def find_mismatch(
         if made_from["name"] != dataset["name"]:
             return f"was made from dataset {made_from['name']}, not from {dataset['name']}"
         return f"was made from an earlier state of dataset {made_from['name']}{describe_change(made_from, dataset)}"
-    if store.manifest["tokenizer"] != hash_tokenizer(tokenizer):
+    if not has_tokenizer(store, tokenizer):
         return "was made with another tokenizer"
     if not store.manifest["exhausted"] and (max_tokens is None or store.manifest["max_tokens"] < max_tokens):
         asked = "all there are" if max_tokens is None else f"{max_tokens:,}"
         return f"holds {store.num_tokens:,} tokens, but {asked} are asked for"
     return None
+
+
+def has_tokenizer(store: TokenStore, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a store was made with this tokenizer."""
+    return bool(store.manifest["tokenizer"] == hash_tokenizer(tokenizer))
+
+
+def check_tokenizer(store: TokenStore, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise a `UserError` unless a store was made with this tokenizer."""
+    if not has_tokenizer(store, tokenizer):
+        raise UserError(
+            f"the token store {store.folder} was made with another tokenizer; delete it and make it anew with "
+            "scripts/prepare_data.py"
+        )
 
 
 def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str:

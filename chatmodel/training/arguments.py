@@ -12,13 +12,14 @@ from chatmodel.data.store import TokenStore, ensure_token_store
 from chatmodel.evaluation.bundle import HOW_TO_GET_BUNDLE, find_place, is_address
 from chatmodel.kernels.fp8 import check_fp8
 from chatmodel.runs import Run, leave_out_neutral
-from chatmodel.runtime import UserError
+from chatmodel.runtime import UserError, logger
 from chatmodel.scaling import RECIPES, RunPlan, check_positive, plan_run
 
 COUNTS = ("eval_every", "eval_tokens", "core_every", "sample_every", "save_every", "log_every", "device_batch_size")
 TIMES = ("save_every_minutes", "data_timeout", "rank_timeout")
 # Tokens that are stored for each one that is trained on: best-fit rows leave out the ends of long documents.
 STORE_SHARES = {"best_fit": 1.5, "best_fit_whole": 1.05, "contiguous": 1.05}
+MENTIONED_PASSES = 1.5  # weight decay is planned for text that is read once
 CHOICES = {
     "recipe": RECIPES,
     "packing": tuple(STORE_SHARES),
@@ -95,6 +96,12 @@ class PretrainArguments:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must be 0 or more")
+        if self.eval_tokens < 2:
+            raise UserError(
+                f"eval_tokens={self.eval_tokens} must be at least 2, as a document's first token is not text"
+            )
         check_positive(lr_fraction=self.lr_fraction, **{name: getattr(self, name) for name in TIMES})
         for name, choices in CHOICES.items():
             if getattr(self, name) not in (None, *choices):
@@ -135,14 +142,39 @@ class PretrainArguments:
         )
 
 
+@dataclass
+class PredictionArguments:
+    """What else can be asked of a prediction; a run keeps the one it began with, for its report."""
+
+    hourly_rate: float | None = field(default=None, metadata={"help": "US dollars an hour of the whole machine."})
+    device_name: str | None = field(default=None, metadata={"help": "--dry_run for another GPU, e.g. 'RTX 4090'."})
+    num_devices: int | None = field(default=None, metadata={"help": "--dry_run for so many of --device_name."})
+    vocab_size: int | None = field(default=None, metadata={"help": "--dry_run before there is a tokenizer; 32,768."})
+    measure: bool = field(default=False, metadata={"help": "--dry_run by steps of the model itself, not by estimate."})
+    plan_json: Path | None = field(default=None, metadata={"help": "--dry_run also writes all it knows here."})
+
+    def check(self, *, dry_run: bool) -> None:
+        """Refuse what cannot be or has no meaning."""
+        for name in ("device_name", "measure", "plan_json", "vocab_size"):
+            if getattr(self, name) not in (None, False) and not dry_run:
+                raise UserError(f"{name} is for a dry run; add --dry_run or leave it out")
+        for name in ("hourly_rate", "num_devices", "vocab_size"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.device_name is None and self.num_devices is not None:
+            raise UserError("num_devices is for --device_name; here as many devices count as processes are launched")
+        if self.device_name is not None and self.measure:
+            raise UserError("measure times this machine's device, and device_name is about another; leave one out")
+
+
 def open_stores(
     args: PretrainArguments, plan: RunPlan, tokenizer: Any, run: Run, *, is_main: bool = True
 ) -> tuple[TokenStore, TokenStore]:
     """The token stores a run trains and validates on, built where they are not there yet.
 
-    The main process alone reads them through for damage.
+    The main process alone reads them through for damage. Text that will be read several times is mentioned.
     """
-    return ensure_token_store(
+    train, validation = ensure_token_store(
         args.dataset,
         tokenizer,
         run.folder("data"),
@@ -153,3 +185,13 @@ def open_stores(
         on_bad_shard=args.on_bad_shard,
         check_hash=is_main,
     )
+    passes = count_passes(plan, train)
+    if passes > MENTIONED_PASSES:
+        tokens = f"{train.num_tokens:,}"
+        logger.info("the text has %s tokens and will be read %.1f times; see decay_fraction", tokens, passes)
+    return train, validation
+
+
+def count_passes(plan: RunPlan, store: TokenStore) -> float:
+    """How often a run reads each token of its store, on average; what best-fit rows leave out counts as read."""
+    return plan.train_tokens / store.num_tokens

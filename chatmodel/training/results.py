@@ -13,7 +13,7 @@ from chatmodel.model import GPTForCausalLM
 from chatmodel.runs import Stage
 from chatmodel.runtime import peak_memory_bytes, write_json
 from chatmodel.scaling import RunPlan
-from chatmodel.training.arguments import PretrainArguments
+from chatmodel.training.arguments import PretrainArguments, count_passes
 from chatmodel.training.state import TrainState
 
 
@@ -62,6 +62,7 @@ def write_results(
         "documents_apart": args.documents_apart,
         "dataset": store.manifest,
         "val_bpb_within_documents": args.documents_apart,
+        "passes": count_passes(plan, store),
         "val_bpb_min": min(val_bpbs),
         "val_bpb_final": val_bpbs[-1],
         "core_estimate": state.evaluations[-1].get("core"),
