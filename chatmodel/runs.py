@@ -1,16 +1,29 @@
 """What a run folder holds, which of its stages are finished, and whether they still fit together."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from chatmodel.runtime import UserError, describe_environment, logger, read_json, requested_settings, write_json
+from chatmodel.runtime import (
+    UserError,
+    describe_environment,
+    logger,
+    read_json,
+    requested_settings,
+    warn_once,
+    write_json,
+)
 
 # Each stage, in order, with the stage whose artefacts it reads.
 STAGE_INPUTS: dict[str, tuple[str, ...]] = {
@@ -60,6 +73,28 @@ class Run:
 
     run_dir: Path
 
+    def __post_init__(self) -> None:
+        if Path(self.run_dir).is_file():
+            raise UserError(f"run_dir {self.run_dir} is a file; give the path of a folder, which need not exist")
+
+    def check_writable(self) -> None:
+        """Make the folder where there is none, and refuse one that results cannot be written to.
+
+        Raises:
+            UserError: it is not writable, or cannot be made.
+        """
+        results = self.folder("results")
+        try:
+            results.mkdir(parents=True, exist_ok=True)
+            for folder in (self.run_dir, results):
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+        except OSError as error:
+            raise UserError(
+                f"run_dir {self.run_dir} cannot be written to ({error.strerror}: {error.filename or results}); "
+                "choose another --run_dir, or make this one writable"
+            ) from None
+
     def folder(self, name: str) -> Path:
         """Where a stage's artefacts lie, e.g. `folder("sft")`."""
         return Path(self.run_dir) / name
@@ -95,13 +130,17 @@ class Run:
             accept_changes: whether a stage that was begun goes on with other settings; None where that is no option.
 
         Raises:
-            UserError: an input is not finished, or the stage was made or begun with other settings or inputs.
+            UserError: an input is not finished, the stage was made or begun with other settings or inputs, another
+                process is at work on it, or the folder cannot be written to.
         """
         opened = self._open(stage, inputs, requested_settings(sys.argv[1:]) if settings is None else settings)
         opened.defaults = leave_out_neutral(defaults or {})
         if self._is_finished(opened):
             logger.info("%s: already finished in %s, nothing to do", stage, self.run_dir)
             return None
+        self.check_writable()
+        if int(os.environ.get("RANK", "0")) == 0:  # the other ranks do nothing without it
+            opened.lock()
         if opened.marker.exists() and any(self.checkpoints(stage).glob("*")):
             begun = read_json(opened.marker)
             if accept_changes:
@@ -181,6 +220,7 @@ class Stage:
     inputs: dict[str, str]
     started: str = field(default_factory=lambda: _now())
     defaults: dict[str, Any] = field(default_factory=dict)
+    locked: int | None = None  # the descriptor of the file that says who is at work
 
     @property
     def folder(self) -> Path:
@@ -191,6 +231,34 @@ class Stage:
     def marker(self) -> Path:
         """The file that says the stage was begun, and with which settings."""
         return self.run.folder("results") / f"{self.name}.begun"
+
+    def lock(self) -> None:
+        """Keep other processes from this stage until this one finishes it or ends, however it ends.
+
+        By `lockf`: unlike those of `flock`, its locks are not inherited by worker processes, which may end later, and
+        hold between machines. This process must not open and close the file a second time: that would free it.
+
+        Raises:
+            UserError: another process has the stage.
+        """
+        path = self.run.folder("results") / f".{self.name}.lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 1000).decode(errors="replace")
+            os.close(descriptor)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"stage {self.name} in {self.run.run_dir} is at work already, in {holder or 'another process'}; "
+                    "wait for it or stop it first, or choose another --run_dir"
+                ) from None
+            text = "the file system of %s has no locks (%s): see to it yourself that no stage runs twice there"
+            warn_once(text, str(self.run.run_dir), str(error.strerror))
+            return
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        self.locked = descriptor
 
     @property
     def id(self) -> str:
@@ -219,6 +287,9 @@ class Stage:
             },
         )
         self.marker.unlink(missing_ok=True)
+        if self.locked is not None:
+            os.close(self.locked)
+            self.locked = None
         logger.info("%s: finished in %.0f s, see %s", self.name, seconds, self.run.result_path(self.name))
 
 

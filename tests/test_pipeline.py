@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -108,22 +110,33 @@ def test_a_stopped_finetuning_continues_to_the_same_weights(run_dir, tmp_path):
     assert all((expected[name] == found[name]).all() for name in expected)
 
 
-def test_a_killed_run_continues_to_the_same_weights(run_dir, tmp_path):
-    """Killed without warning between two checkpoints: the weights end up bit for bit those of the unbroken run."""
-    killed = tmp_path / "killed"
+def copy_before_pretraining(run_dir, target):
     for name in ("tokenizer", "data"):
-        shutil.copytree(run_dir / name, killed / name)
-    (killed / "results").mkdir()
-    shutil.copy(run_dir / "results" / "tokenizer.json", killed / "results")
+        shutil.copytree(run_dir / name, target / name)
+    (target / "results").mkdir()
+    shutil.copy(run_dir / "results" / "tokenizer.json", target / "results")
+    return target
+
+
+def pretraining_of(run_dir):
     config = ROOT / "recipes" / "configs" / "smoke" / "pretrain.yaml"
-    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), "--config", str(config)]
-    command += ["--run_dir", str(killed)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    return [str(ROOT / "recipes" / "pretrain.py"), "--config", str(config), "--run_dir", str(run_dir)]
+
+
+def wait_for_checkpoint(process, run_dir):
     deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "base" / "step-00000004").exists():
+    while not (run_dir / "checkpoints" / "base" / "step-00000004").exists():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_killed_run_continues_to_the_same_weights(run_dir, tmp_path):
+    """Killed without warning between two checkpoints: the weights end up bit for bit those of the unbroken run."""
+    killed = copy_before_pretraining(run_dir, tmp_path / "killed")
+    command = [sys.executable, *pretraining_of(killed)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(process, killed)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (killed / "results" / "base.json").exists()
@@ -131,3 +144,28 @@ def test_a_killed_run_continues_to_the_same_weights(run_dir, tmp_path):
     assert "continuing from" in outcome.stderr
     expected, found = (load_file(folder / "base" / "model.safetensors") for folder in (run_dir, killed))
     assert all((expected[name] == found[name]).all() for name in expected)
+
+
+def test_what_accelerate_launched_saves_and_stops_with_it(run_dir, tmp_path):
+    """`accelerate launch` dies of SIGTERM, and tells its child nothing."""
+    stopped = copy_before_pretraining(run_dir, tmp_path / "stopped")
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_config.yaml"),
+    ]
+    command += [*pretraining_of(stopped), "--max_steps", "100000", "--eval_every", "100000"]
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint(launcher, stopped)
+    (recipe,) = psutil.Process(launcher.pid).children()
+    try:
+        launcher.terminate()
+        said = launcher.communicate(timeout=60)[1]  # it ends when the last of both has closed it
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            recipe.kill()
+    assert "as the program that launched it has ended" in said
+    assert "stopped by SIGTERM after step" in said
+    assert not (stopped / "results" / "base.json").exists()
