@@ -263,19 +263,29 @@ class TrainStep:
 
 @contextmanager
 def adding_gradients(model: nn.Module) -> Iterator[None]:
-    """Add what is found inside to the gradients so far, in fp32, without the copy in fp32 autograd would make."""
-    parameters = list(model.parameters())
-    totals = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
+    """Add what is found inside to the gradients so far, in fp32, without the copy in fp32 autograd would make.
+
+    Each is added as soon as it is whole, and dropped: the head's, found first, is not held beside all activations.
+    """
+    totals = {parameter: parameter.grad for parameter in model.parameters()}
+
+    def add(parameter: Any) -> None:
+        total, found = totals[parameter], parameter.grad
+        assert found is not None
+        totals[parameter] = found.float() if total is None else total.add_(found)
         parameter.grad = None
-    yield
-    for parameter, total in zip(parameters, totals, strict=True):
-        if parameter.grad is None:
+
+    register = torch.Tensor.register_post_accumulate_grad_hook
+    hooks = [register(p, add) for p in totals if p.requires_grad]  # type: ignore[no-untyped-call]
+    for parameter in totals:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, total in totals.items():
             parameter.grad = total
-        elif total is None:
-            parameter.grad = parameter.grad.float()
-        else:
-            parameter.grad = total.add_(parameter.grad)
 
 
 def choose_training_layers(

@@ -1,5 +1,9 @@
 """A run remembers what each stage was made with, and refuses to mix."""
 
+import errno
+import subprocess
+import sys
+
 import pytest
 
 from chatmodel.runs import Run, publish_folder
@@ -109,6 +113,45 @@ def test_a_change_that_is_accepted_is_the_stages_setting_from_then_on(run):
     with pytest.raises(UserError, match="was made with") as refused:  # what is finished is not changed any more
         run.begin("base", settings={"depth": 2}, accept_changes=True)
     assert "accept_changes" not in str(refused.value)
+
+
+HOLD = """
+import sys
+from chatmodel.runs import Run
+held = Run(sys.argv[1]).begin("tokenizer", settings={})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_stage_that_is_at_work_is_not_begun_twice(run):
+    """Whatever becomes of the process: its end, not its word, gives the stage free."""
+    command = [sys.executable, "-c", HOLD, str(run.run_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"tokenizer in .* is at work already, in process {other.pid} on "):
+            run.begin("tokenizer", settings={})
+        other.kill()
+    finish(run, "tokenizer")
+    assert run.begin("base", settings={}) is not None
+
+
+def test_a_run_folder_that_cannot_be_one_is_refused_first(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match=r"run_dir .*file is a file; give the path of a folder"):
+        Run(file)
+    with pytest.raises(UserError, match=r"cannot be written to \(Not a directory"):
+        Run(file / "run").begin("tokenizer", settings={})
+
+    def refuse(**options):
+        raise PermissionError(errno.EACCES, "Permission denied")  # root, as which tests may run, writes everywhere
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(
+        UserError, match=r"cannot be written to \(Permission denied: .*results\); choose another --run_dir"
+    ):
+        Run(tmp_path / "run").begin("tokenizer", settings={})
 
 
 def test_a_missing_input_is_named(run):
