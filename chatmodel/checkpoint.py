@@ -11,8 +11,9 @@ from typing import IO, Any, cast
 import torch
 from safetensors import SafetensorError
 
+from chatmodel.model_folders import explain_no_model
 from chatmodel.runs import publish_folder
-from chatmodel.runtime import UserError, explain_no_model, logger, read_json, write_json
+from chatmodel.runtime import UserError, logger, read_json, write_json
 
 MANIFEST = "manifest.json"
 

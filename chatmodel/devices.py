@@ -1,6 +1,7 @@
-"""How fast is a device, and how much does it hold: by its datasheet, or found by trying?"""
+"""Which device, in which precision, how fast, and how much does it hold: by its datasheet, or found by trying?"""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from chatmodel.runtime import UserError
+from chatmodel.runtime import UserError, logger
 
 QUEUED_CALLS = 20
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -155,3 +156,62 @@ def measure_copy(device: torch.device) -> float:
     source = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     return 2.0 * source.nbytes / time_repeated(lambda: target.copy_(source), device)
+
+
+def choose_device() -> torch.device:
+    """The best device of this process: CUDA (its local rank), then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_precision(device: torch.device, asked: str | None = None) -> str:
+    """ "bf16" or "no" (fp32): what was asked for, else bf16 where this device is faster with it, found by trying.
+
+    Accelerate's own setting is not looked at, since `accelerate launch` sets "no" where nobody asked; if the choice is
+    another one, the log says so.
+
+    Raises:
+        UserError: something else was asked for.
+    """
+    if asked not in (None, "bf16", "no"):
+        raise UserError(f"mixed_precision={asked!r} must be 'bf16' or 'no'; leave it out to let the device decide")
+    if asked is not None:
+        return asked
+    if device.type == "cuda":
+        chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    else:
+        chosen = "bf16" if device.type == "cpu" and _matmul_speedup(torch.bfloat16) > 1.3 else "no"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", chosen)
+    hint = f", not Accelerate's '{launched}', which does not count: this program's own --mixed_precision does"
+    named = "bf16" if chosen == "bf16" else "fp32"
+    logger.info("precision: %s on %s%s", named, device.type, hint if launched != chosen else "")
+    return chosen
+
+
+def _matmul_speedup(dtype: torch.dtype) -> float:
+    """How many times faster this CPU multiplies matrices of `dtype` than of fp32; some emulate bf16 slowly."""
+    seconds = {}
+    for kind in (torch.float32, dtype):
+        left, right = torch.randn(512, 512).to(kind), torch.randn(512, 1024).to(kind)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - began)
+        seconds[kind] = min(times)
+    return seconds[torch.float32] / seconds[dtype]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of the CUDA device, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        return int(psutil.Process().memory_info().rss)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -12,9 +12,10 @@ from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
 from chatmodel.checkpoint import MANIFEST, find_damage, load_model, save_model_folder, seal_folder
+from chatmodel.devices import choose_precision
 from chatmodel.optim.groups import build_optimizer
 from chatmodel.optim.optimizer import MuonAdamW
-from chatmodel.runtime import UserError, choose_precision, logger, read_json, write_json
+from chatmodel.runtime import UserError, logger, read_json, write_json
 from chatmodel.scaling import GroupPlan
 from chatmodel.tokenizer import calculator_table, load_tokenizer
 

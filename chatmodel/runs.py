@@ -15,15 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from chatmodel.runtime import (
-    UserError,
-    describe_environment,
-    logger,
-    read_json,
-    requested_settings,
-    warn_once,
-    write_json,
-)
+from chatmodel.arguments import requested_settings
+from chatmodel.environment import describe_environment
+from chatmodel.runtime import UserError, logger, read_json, warn_once, write_json
 
 # Each stage, in order, with the stage whose artefacts it reads.
 STAGE_INPUTS: dict[str, tuple[str, ...]] = {

@@ -15,7 +15,8 @@ from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from chatmodel.runtime import UserError, explain_no_model, write_json
+from chatmodel.model_folders import explain_no_model
+from chatmodel.runtime import UserError, write_json
 
 # Order and names are nanochat's: they stand at the end of the vocabulary and are never trained.
 SPECIAL_TOKENS = (

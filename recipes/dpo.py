@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from trl import DPOConfig, DPOTrainer
 
+from chatmodel.arguments import parse_arguments
+from chatmodel.devices import peak_memory_bytes
 from chatmodel.posttraining import (
     PlannedOptimizer,
     SealCheckpoints,
@@ -30,7 +32,7 @@ from chatmodel.preferences import (
     score_pairs,
 )
 from chatmodel.runs import Run
-from chatmodel.runtime import UserError, entry_point, logger, parse_arguments, peak_memory_bytes
+from chatmodel.runtime import UserError, entry_point, logger
 
 SOURCES = ("mid", "sft", "rl")
 HISTORY = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")

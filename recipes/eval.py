@@ -7,20 +7,15 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.checkpoint import load_model
+from chatmodel.devices import choose_precision
+from chatmodel.environment import describe_environment
 from chatmodel.evaluation.decisions import KeptDecisions, model_key
 from chatmodel.evaluation.stages import EvalArguments, evaluate_stage, find_decisions
+from chatmodel.model_folders import check_model_name
 from chatmodel.runs import Run
-from chatmodel.runtime import (
-    UserError,
-    check_model_name,
-    choose_precision,
-    describe_environment,
-    entry_point,
-    logger,
-    parse_arguments,
-    write_json,
-)
+from chatmodel.runtime import UserError, entry_point, logger, write_json
 from chatmodel.tokenizer import load_tokenizer
 
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.export.exports import export_model
 from chatmodel.export.parity import DEFAULT_TOLERANCE
-from chatmodel.runtime import entry_point, logger, parse_arguments
+from chatmodel.runtime import entry_point, logger
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig, GRPOTrainer
 
+from chatmodel.arguments import parse_arguments, requested_settings
 from chatmodel.posttraining import (
     PlannedOptimizer,
     SealCheckpoints,
@@ -24,7 +25,7 @@ from chatmodel.reinforcement.trainer import LearnFromCompletions, SkipEmptySteps
 from chatmodel.rewards import reward_task
 from chatmodel.rollouts import Sampler, check_lengths
 from chatmodel.runs import Run
-from chatmodel.runtime import entry_point, logger, parse_arguments, requested_settings
+from chatmodel.runtime import entry_point, logger
 
 
 @dataclass

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.export.imports import import_nanochat, import_transformers_nanochat
 from chatmodel.export.parity import DEFAULT_TOLERANCE
-from chatmodel.runtime import UserError, entry_point, logger, parse_arguments
+from chatmodel.runtime import UserError, entry_point, logger
 
 
 @dataclass

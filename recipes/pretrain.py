@@ -8,23 +8,16 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
 
+from chatmodel.arguments import default_settings, parse_arguments
 from chatmodel.data.corpus import check_corpus
-from chatmodel.devices import describe_device, describe_named
+from chatmodel.devices import choose_precision, describe_device, describe_named
 from chatmodel.estimate.memory import largest_batch
 from chatmodel.estimate.prediction import Prediction, check_resources, predict_run
 from chatmodel.estimate.setup import EXPECTED_CORES, Setup
 from chatmodel.estimate.speed import time_model
 from chatmodel.report.prediction import describe_plan
 from chatmodel.runs import Run
-from chatmodel.runtime import (
-    UserError,
-    choose_precision,
-    default_settings,
-    entry_point,
-    logger,
-    parse_arguments,
-    write_json,
-)
+from chatmodel.runtime import UserError, entry_point, logger, write_json
 from chatmodel.scaling import RunPlan
 from chatmodel.tokenizer import load_tokenizer
 from chatmodel.training.arguments import STORE_SHARES, PredictionArguments, PretrainArguments

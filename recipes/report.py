@@ -4,9 +4,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.report import publish_report, render_report
 from chatmodel.runs import Run
-from chatmodel.runtime import entry_point, parse_arguments
+from chatmodel.runtime import entry_point
 
 
 @dataclass

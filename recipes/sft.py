@@ -9,8 +9,10 @@ from accelerate.utils import parse_flag_from_env
 from peft import get_peft_model
 from trl import SFTConfig, SFTTrainer
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.conversations.mixtures import load_mixture, preview_mixture
 from chatmodel.conversations.stand_ins import choose_sources
+from chatmodel.devices import choose_precision
 from chatmodel.finetuning.arguments import ConversationArguments
 from chatmodel.finetuning.evaluation import TaskCheck, ValidationLoss
 from chatmodel.finetuning.results import gather_metrics
@@ -31,7 +33,7 @@ from chatmodel.posttraining import (
     use_device,
 )
 from chatmodel.runs import STAGE_INPUTS, Run
-from chatmodel.runtime import choose_precision, entry_point, logger, parse_arguments
+from chatmodel.runtime import entry_point, logger
 
 
 @dataclass

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.data.corpus import describe_corpus, stream_documents
 from chatmodel.runs import Run
-from chatmodel.runtime import entry_point, logger, parse_arguments
+from chatmodel.runtime import entry_point, logger
 from chatmodel.tokenizer import build_encoding, save_tokenizer, train_and_measure
 from chatmodel.tokenizer_comparison import SAMPLE_TEXTS, compare_token_counts, join_documents
 

@@ -18,12 +18,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.data.corpus import describe_corpus, stream_documents
 from chatmodel.data.loading import read_ahead
 from chatmodel.data.rows import PACKINGS, PackedRows
 from chatmodel.data.shards import Shard, Shards, find_file_shards
 from chatmodel.data.store import TokenStore, build_token_store
-from chatmodel.runtime import entry_point, parse_arguments
+from chatmodel.runtime import entry_point
 from chatmodel.tokenizer import build_encoding, load_tokenizer, train_tokenizer
 from chatmodel.workers import count_cores
 

@@ -23,11 +23,13 @@ from compare_core import TokenizerForNanochat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatmodel import GPTForCausalLM
+from chatmodel.devices import choose_device
+from chatmodel.environment import describe_environment
 from chatmodel.evaluation.bundle import find_bundle
 from chatmodel.evaluation.core import CoreSettings, decide_tasks
 from chatmodel.evaluation.core_tasks import CoreTask, load_core_tasks
 from chatmodel.evaluation.stages import BATCH_TOKENS
-from chatmodel.runtime import UserError, choose_device, describe_environment, entry_point
+from chatmodel.runtime import UserError, entry_point
 from chatmodel.scaling import plan_run
 
 Row = dict[str, Any]

@@ -27,9 +27,9 @@ from chatmodel.decoding.engine import Decoder, Request
 from chatmodel.decoding.pool import Engine
 from chatmodel.decoding.prompts import read_prompts
 from chatmodel.decoding.sampling import Sampling
-from chatmodel.devices import measure_copy, time_call, time_fastest
+from chatmodel.devices import choose_device, measure_copy, time_call, time_fastest
 from chatmodel.model import GPTForCausalLM
-from chatmodel.runtime import UserError, choose_device, entry_point
+from chatmodel.runtime import UserError, entry_point
 from chatmodel.scaling import plan_run
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -27,12 +27,13 @@ from grpo import RewardArguments, RewardConfig, build_trainer
 from chatmodel.checkpoint import save_model_folder
 from chatmodel.conversations.render import render_prompt
 from chatmodel.decoding.pool import find_engine
+from chatmodel.devices import choose_device, peak_memory_bytes
 from chatmodel.model import GPTForCausalLM
 from chatmodel.posttraining import load_stage_model
 from chatmodel.problems import build_problems, open_problems
 from chatmodel.rollouts import Sampler
 from chatmodel.runs import Run
-from chatmodel.runtime import choose_device, entry_point, peak_memory_bytes, write_json
+from chatmodel.runtime import entry_point, write_json
 from chatmodel.scaling import plan_run
 from chatmodel.tokenizer import calculator_table, train_tokenizer
 

@@ -21,11 +21,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from chatmodel.devices import choose_precision, peak_memory_bytes
 from chatmodel.finetuning.rows import ConversationRows
 from chatmodel.finetuning.trainer import ConversationTraining
 from chatmodel.model import GPTForCausalLM
 from chatmodel.posttraining import PlannedOptimizer, StopOnBadGradient, fit_to_device, use_device
-from chatmodel.runtime import choose_precision, peak_memory_bytes, write_json
+from chatmodel.runtime import write_json
 from chatmodel.scaling import plan_run
 
 

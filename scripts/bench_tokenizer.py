@@ -12,9 +12,10 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.data.corpus import stream_documents
 from chatmodel.data.encoding import Encoder
-from chatmodel.runtime import entry_point, parse_arguments
+from chatmodel.runtime import entry_point
 from chatmodel.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, train_tokenizer
 from chatmodel.workers import count_cores
 

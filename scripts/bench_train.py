@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from chatmodel.devices import choose_precision
 from chatmodel.model import GPTForCausalLM
-from chatmodel.runtime import UserError, choose_precision, entry_point
+from chatmodel.runtime import UserError, entry_point
 from chatmodel.scaling import RunPlan, plan_run
 from chatmodel.train_step import TrainStep
 

@@ -37,8 +37,8 @@ def main() -> None:
     # Imported here, as they take seconds that --help or a wrong path should not.
     from chatmodel.chat.conversation import Sampling
     from chatmodel.chat.terminal import Terminal, complete_command
+    from chatmodel.devices import choose_device
     from chatmodel.posttraining import load_stage_model
-    from chatmodel.runtime import choose_device
 
     sampling = Sampling(top_k=args.top_k, max_new_tokens=args.max_new_tokens).with_temperature(args.temperature)
     model, tokenizer = load_stage_model(args.model)

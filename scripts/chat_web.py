@@ -31,8 +31,9 @@ def main() -> None:
     # Imported here, as they take seconds that --help or a wrong path should not.
     from chatmodel.chat.conversation import Sampling
     from chatmodel.chat.page import Voice
+    from chatmodel.devices import choose_device
     from chatmodel.posttraining import load_stage_model
-    from chatmodel.runtime import UserError, choose_device
+    from chatmodel.runtime import UserError
 
     try:
         from chatmodel.chat.layout import Layout, launch_page

@@ -219,8 +219,8 @@ def describe_tokenizers(report: Report) -> Facts:
 def describe_training(report: Report) -> Facts:
     import torch
 
+    from chatmodel.devices import choose_device, choose_precision
     from chatmodel.probes import probe_device, probe_host
-    from chatmodel.runtime import choose_device, choose_precision
 
     device = choose_device()
     precision = choose_precision(device)

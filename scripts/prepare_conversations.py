@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.conversations.calculator_calls import add_calls
 from chatmodel.conversations.datasets import load_task_rows, load_word_list, task_messages
 from chatmodel.conversations.files import convert_row, read_rows
@@ -28,7 +29,7 @@ from chatmodel.conversations.multiple_choice import (
 )
 from chatmodel.conversations.render import Messages
 from chatmodel.data.words import WORD, is_held_out
-from chatmodel.runtime import UserError, entry_point, logger, parse_arguments, write_json
+from chatmodel.runtime import UserError, entry_point, logger, write_json
 
 # data set, its splits, and how often each question is asked with its choices in another order
 PUBLIC_QUESTIONS = (("ARC-Easy", ("train",), 6), ("ARC-Challenge", ("train",), 6), ("MMLU", ("dev", "validation"), 3))

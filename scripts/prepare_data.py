@@ -3,9 +3,10 @@
 It takes pretraining's own arguments but `--dry_run`, and needs the run's tokenizer; pretraining then starts at once.
 """
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.data.store import TokenStore
 from chatmodel.runs import Run
-from chatmodel.runtime import UserError, entry_point, logger, parse_arguments
+from chatmodel.runtime import UserError, entry_point, logger
 from chatmodel.tokenizer import load_tokenizer
 from chatmodel.training.arguments import PredictionArguments, PretrainArguments, open_stores
 

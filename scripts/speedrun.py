@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from chatmodel.arguments import requested_settings
 from chatmodel.launchers import Launch
 from chatmodel.report.tables import write_content
 from chatmodel.runs import Run
-from chatmodel.runtime import UserError, entry_point, read_json, requested_settings
+from chatmodel.runtime import UserError, entry_point, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

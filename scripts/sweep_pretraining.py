@@ -31,12 +31,13 @@ import yaml
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
+from chatmodel.arguments import write_plainly
 from chatmodel.data.rows import PACKINGS, PackedRows
 from chatmodel.data.store import TokenStore, check_tokenizer
+from chatmodel.devices import choose_precision
 from chatmodel.evaluation.bits_per_byte import document_bits_per_byte
-from chatmodel.field_values import write_plainly
 from chatmodel.model import GPTConfig, GPTForCausalLM
-from chatmodel.runtime import UserError, choose_precision, entry_point
+from chatmodel.runtime import UserError, entry_point
 from chatmodel.scaling import GroupPlan, RunPlan, plan_run
 from chatmodel.tokenizer import load_tokenizer, token_byte_lengths
 from chatmodel.train_step import StepResult, TrainStep

@@ -9,8 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "chatmodel"
 LAYERS = [  # lowest first
-    {"field_values", "launchers"},
+    {"launchers"},
     {"model", "runtime", "execution", "vllm_plugin"},
+    {"arguments", "environment", "model_folders"},
     {"runs", "scaling", "tokenizer", "devices", "workers"},
     {"kernels", "data", "optim", "tokenizer_comparison"},
     {"losses", "attention", "training_layers"},

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from chatmodel.arguments import parse_arguments
 from chatmodel.conversations.mixtures import parse_mixture
 from chatmodel.conversations.stand_ins import choose_sources
-from chatmodel.runtime import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"

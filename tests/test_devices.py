@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from chatmodel import devices
-from chatmodel.devices import DATASHEETS, describe_device, describe_named, find_datasheet, measure_copy, measure_matmul
+from chatmodel.devices import (
+    DATASHEETS,
+    choose_precision,
+    describe_device,
+    describe_named,
+    find_datasheet,
+    measure_copy,
+    measure_matmul,
+)
 from chatmodel.runtime import UserError
 
 CPU = torch.device("cpu")
@@ -49,3 +57,28 @@ def test_rates_are_those_of_the_clock(monkeypatch):
     monkeypatch.setattr(devices.time, "perf_counter", lambda: float(next(ticks)))
     assert measure_matmul(CPU, torch.float32, (8, 4, 2)) == 2 * 8 * 4 * 2
     assert measure_copy(CPU) == 2 * 4 * 2**24
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "speedup", "said"),
+    [
+        ("no", None, 2.0, "precision: bf16 on cpu, not Accelerate's 'no', which does not count: this program's own"),
+        ("bf16", None, 1.0, "precision: fp32 on cpu, not Accelerate's 'bf16', which does not count: this"),
+        ("fp16", None, 1.0, "precision: fp32 on cpu, not Accelerate's 'fp16'"),
+        ("no", None, 1.0, "precision: fp32 on cpu\n"),
+        (None, None, 2.0, "precision: bf16 on cpu\n"),
+        ("no", "bf16", 1.0, ""),
+    ],
+)
+def test_a_precision_asked_of_accelerate_is_not_passed_over_in_silence(
+    monkeypatch, caplog, launched, asked, speedup, said
+):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr("chatmodel.devices._matmul_speedup", lambda dtype: speedup)
+    with caplog.at_level("INFO", logger="chatmodel"):
+        chosen = choose_precision(torch.device("cpu"), asked)
+    assert chosen == (asked or ("bf16" if speedup > 1.3 else "no"))
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)

@@ -21,7 +21,8 @@ from chatmodel.chat.calls_aside import CallsAside, split_reply
 from chatmodel.chat.gate import Gate
 from chatmodel.chat.limits import Limits
 from chatmodel.model.generation_gpt import check_prompt
-from chatmodel.runtime import UserError, check_model_name, logger
+from chatmodel.model_folders import check_model_name
+from chatmodel.runtime import UserError, logger
 
 
 def mend_server(limits: Limits, api_keys: Sequence[str]) -> None:

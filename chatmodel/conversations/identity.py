@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from chatmodel.arguments import suggest
 from chatmodel.conversations.identity_topics import (
     CLOSINGS,
     LATER_OPENINGS,
@@ -17,7 +18,7 @@ from chatmodel.conversations.identity_topics import (
     TOPICS,
 )
 from chatmodel.conversations.render import Messages
-from chatmodel.runtime import UserError, suggest
+from chatmodel.runtime import UserError
 
 HELD_OUT_QUESTIONS = 2
 CLOSING_SHARE = 0.3

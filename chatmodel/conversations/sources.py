@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from chatmodel.arguments import suggest
 from chatmodel.conversations.datasets import (
     PUBLIC_TASKS,
     SHUFFLE_SEED,
@@ -23,7 +24,7 @@ from chatmodel.conversations.generated import GENERATED_TASKS, WORD_TASKS, gener
 from chatmodel.conversations.identity import load_identity
 from chatmodel.conversations.render import Messages
 from chatmodel.data.words import load_words
-from chatmodel.runtime import UserError, suggest
+from chatmodel.runtime import UserError
 
 T = TypeVar("T")
 GENERATED_ROWS = 1000

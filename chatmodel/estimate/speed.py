@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
-from chatmodel.devices import COPY_SHARE, Datasheet, measure_copy, measure_matmul, time_call
+from chatmodel.devices import COPY_SHARE, Datasheet, measure_copy, measure_matmul, peak_memory_bytes, time_call
 from chatmodel.estimate.memory import split_parameters
 from chatmodel.estimate.setup import Setup
 from chatmodel.model import GPTConfig, GPTForCausalLM
-from chatmodel.runtime import logger, peak_memory_bytes
+from chatmodel.runtime import logger
 from chatmodel.scaling import RunPlan, count_parameters
 from chatmodel.train_step import TrainStep
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from chatmodel.runtime import UserError, describe_software
+from chatmodel.environment import describe_software
+from chatmodel.runtime import UserError
 
 DEFAULT_TOLERANCE = 1e-5
 MAX_PROMPT_TOKENS = 512

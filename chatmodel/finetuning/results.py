@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from chatmodel.devices import peak_memory_bytes
 from chatmodel.finetuning.trainer import ConversationTraining
 from chatmodel.posttraining import pick_history
-from chatmodel.runtime import peak_memory_bytes
 
 HISTORY = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
 

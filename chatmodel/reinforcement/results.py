@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from chatmodel.devices import peak_memory_bytes
 from chatmodel.posttraining import pick_history
 from chatmodel.problems import compare_pass
-from chatmodel.runtime import logger, peak_memory_bytes
+from chatmodel.runtime import logger
 
 HISTORY = (
     *("reward", "reward_std", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"),

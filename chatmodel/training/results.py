@@ -7,11 +7,11 @@ from accelerate import Accelerator
 
 from chatmodel.checkpoint import save_model_folder
 from chatmodel.data.store import TokenStore
-from chatmodel.devices import find_datasheet
+from chatmodel.devices import find_datasheet, peak_memory_bytes
 from chatmodel.estimate.prediction import measure_disk
 from chatmodel.model import GPTForCausalLM
 from chatmodel.runs import Stage
-from chatmodel.runtime import peak_memory_bytes, write_json
+from chatmodel.runtime import write_json
 from chatmodel.scaling import RunPlan
 from chatmodel.training.arguments import PretrainArguments, count_passes
 from chatmodel.training.state import TrainState
