@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,43 @@ from chatmodel.scaling import GroupPlan
 from chatmodel.tokenizer import calculator_table, load_tokenizer
 
 ADAPTER_LR = 2e-3
+
+SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+# Of the Trainer's optimizer, which is not used, and what has the say in its place.
+UNREAD = {"learning_rate": "rates are pretraining's times lr_fraction, so set that"}
+UNREAD |= dict.fromkeys(
+    ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
+    "the optimizer is pretraining's, without weight decay",
+)
+
+
+def check_training(training: Any) -> None:
+    """Refuse what a Trainer cannot do, or would pass over in silence, before anything is loaded.
+
+    Args:
+        training: TRL's arguments of any stage.
+
+    Raises:
+        UserError: says which setting.
+    """
+    for name in SIZES:
+        if getattr(training, name) < 1:
+            raise UserError(f"{name}={getattr(training, name)} must be at least 1")
+    if training.max_steps == 0:
+        raise UserError("max_steps=0 would train nothing; give at least 1, or leave it out for num_train_epochs")
+    if training.max_steps < 0 and not training.num_train_epochs > 0:
+        raise UserError(f"num_train_epochs={training.num_train_epochs} must be greater than 0")
+    if getattr(training.save_strategy, "value", training.save_strategy) == "steps" and not training.save_steps > 0:
+        raise UserError(f"save_steps={training.save_steps} must be greater than 0, or save_strategy 'no'")
+    if training.seed < 0:
+        raise UserError(f"seed={training.seed} must be 0 or more")
+    if training.bf16 or training.fp16:
+        raise UserError("bf16 and fp16 are not read; set mixed_precision to 'bf16' or 'no', or leave all of them out")
+    defaults = {field.name: field.default for field in fields(training)}
+    for name, instead in UNREAD.items():
+        value = getattr(training, name)
+        if getattr(value, "value", value) != getattr(defaults[name], "value", defaults[name]):
+            raise UserError(f"{name} is not read: {instead}; leave {name} out")
 
 
 def load_stage_model(folder: Path) -> tuple[Any, Any]:

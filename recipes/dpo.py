@@ -13,6 +13,7 @@ from chatmodel.posttraining import (
     PlannedOptimizer,
     SealCheckpoints,
     StopOnBadGradient,
+    check_training,
     describe_adapter,
     explain_memory,
     fit_to_device,
@@ -35,6 +36,10 @@ from chatmodel.runs import Run
 from chatmodel.runtime import UserError, entry_point, logger
 
 SOURCES = ("mid", "sft", "rl")
+LOSS_TYPES = (  # of TRL 1.16
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
 HISTORY = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
 
 
@@ -65,8 +70,12 @@ class PreferenceArguments:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if not training.beta > 0:
             raise UserError(f"beta={training.beta} must be greater than 0")
-        if not training.max_length:
-            raise UserError("max_length is not set; give the tokens that a conversation may have")
+        if (training.max_length or 0) < 1:
+            raise UserError(f"max_length={training.max_length} must be at least 1: the tokens a conversation may have")
+        for name in training.loss_type:
+            if name not in LOSS_TYPES:
+                raise UserError(f"loss_type={name!r} must be one of {', '.join(LOSS_TYPES)}")
+        check_training(training)
         self.adapter()
 
     def adapter(self) -> Any:

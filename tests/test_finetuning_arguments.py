@@ -11,9 +11,8 @@ def check(arguments=None, context=None, **settings):
     training = SFTConfig(
         output_dir="unused",
         use_cpu=True,
-        bf16=False,
         activation_checkpointing=False,
-        **({"eval_strategy": "no"} | settings),
+        **({"eval_strategy": "no", "bf16": False} | settings),
     )
     ConversationArguments(**(arguments or {})).check(training, context=context)
 
@@ -21,6 +20,7 @@ def check(arguments=None, context=None, **settings):
 def test_what_can_be():
     check()
     check(context=2048, max_length=2048)
+    check(max_steps=1, num_train_epochs=0, save_strategy="no", save_steps=0)
     check({"validation_mixture": ["A"], "chatcore_every": 20}, eval_strategy="steps", eval_steps=10)
 
 
@@ -39,6 +39,15 @@ def test_what_can_be():
         ({}, {"max_length": 0}, "max_length=0"),
         ({}, {"max_length": 4096, "context": 2048}, "the model's context of 2048"),
         ({}, {"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+        ({}, {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+        ({}, {"max_steps": 0}, "max_steps=0 would train nothing"),
+        ({}, {"num_train_epochs": 0}, "num_train_epochs=0"),
+        ({}, {"save_steps": 0}, "save_steps=0"),
+        ({}, {"seed": -1}, "seed=-1"),
+        ({}, {"bf16": True}, "set mixed_precision"),
+        ({}, {"learning_rate": 0.1}, "learning_rate is not read: rates are pretraining's times lr_fraction"),
+        ({}, {"weight_decay": 0.1}, "weight_decay is not read"),
+        ({}, {"optim": "sgd"}, "optim is not read"),
         ({}, {"eval_strategy": "steps", "eval_steps": 10}, "validation_mixture is empty"),
         ({"chatcore_every": 10}, {}, "chatcore_every=10"),
         (

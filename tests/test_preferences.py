@@ -296,6 +296,8 @@ def test_what_the_recipe_refuses(start, tmp_path):
     assert "lora_scale=0.0" in start(preferences="Arithmetic", lora_rank=4, lora_scale=0)
     assert "no preferences are given" in start()
     assert "beta=0.0 must be greater than 0" in start(preferences="Arithmetic", beta=0)
+    assert "loss_type='best' must be one of sigmoid, hinge" in start(preferences="Arithmetic", loss_type="best")
+    assert "max_steps=0 would train nothing" in start(preferences="Arithmetic", max_steps=0)
     assert "held_out=0" in start(preferences="Arithmetic", held_out=0)
     assert "source='base'" in start(preferences="Arithmetic", source="base")
     assert "needs stage rl" in start(preferences="Arithmetic", source="rl")

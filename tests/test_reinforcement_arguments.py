@@ -66,6 +66,15 @@ def command(run, **changes):
         ({"pass_examples": 0}, "pass_examples=0 must be greater than 0"),
         ({"lr_fraction": 0}, "lr_fraction=0.0 must be greater than 0"),
         ({"temperature": 0}, "temperature=0.0 must be greater than 0"),
+        ({"rows": 0}, "rows=0 must be at least 1; leave it out for all of the task"),
+        ({"top_k": -1}, "top_k=-1 must be 0, which draws from all tokens, or more"),
+        ({"top_p": 0}, "top_p=0.0 must be greater than 0 and at most 1"),
+        ({"max_completion_length": 0}, "max_completion_length=0 must be at least 1"),
+        ({"max_steps": 0}, "max_steps=0 would train nothing"),
+        ({"learning_rate": 0.1}, "learning_rate is not read"),
+        ({"loss_type": "best"}, "loss_type='best' must be one of grpo, bnpo, dr_grpo, dapo"),
+        ({"beta": -1}, "beta=-1.0 must be 0 or more"),
+        ({"num_iterations": 0}, "num_iterations=0 must be at least 1"),
         ({"max_completion_length": 60}, "max_completion_length=60 does not fit the model's context of 64 behind the"),
     ],
 )
@@ -95,7 +104,7 @@ def test_a_task_and_a_mixture_are_too_much():
 )
 def test_drawing_from_fewer_tokens_than_are_trained_is_said(tmp_path, caplog, mode, settings, warned):
     """Not of nanochat's mode, which stands for what nanochat does."""
-    training = GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+    training = GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, **settings)
     grpo.RewardArguments(mode=mode).check(training, {})
     assert ("What flows to the others is never drawn" in caplog.text) == warned
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from chatmodel.finetuning.trainer import LOSS_SCALES
-from chatmodel.posttraining import describe_adapter
+from chatmodel.posttraining import check_training, describe_adapter
 from chatmodel.runtime import UserError
 
 STAGES = ("mid", "sft")
@@ -73,7 +73,8 @@ class ConversationArguments:
             raise UserError(f"constant_fraction={self.constant_fraction} must be at least 0 and less than 1")
         if self.momentum_warmup_steps is not None and self.momentum_warmup_steps < 1:
             raise UserError(f"momentum_warmup_steps={self.momentum_warmup_steps} must be at least 1")
-        self._check_lengths(training, context)
+        check_training(training)
+        self._check_length(training, context)
         self._check_evaluation(training)
         for name, known in KNOWN_VALUES.items():
             value = getattr(training, name)
@@ -82,12 +83,9 @@ class ConversationArguments:
                     f"{name}={value!r} is TRL's, and this recipe knows {' and '.join(map(repr, known))} only"
                 )
 
-    def _check_lengths(self, training: Any, context: int | None) -> None:
-        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*sizes, "max_length"):
-            value = getattr(training, name)
-            if value is None or value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
+    def _check_length(self, training: Any, context: int | None) -> None:
+        if training.max_length is None or training.max_length < 1:
+            raise UserError(f"max_length={training.max_length} must be at least 1")
         if context is not None and training.max_length > context:
             raise UserError(
                 f"max_length={training.max_length} is more than the model's context of {context} tokens; lower it"

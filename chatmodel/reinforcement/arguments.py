@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chatmodel.posttraining import check_training
 from chatmodel.problems import check_tasks
 from chatmodel.runtime import UserError, logger
 
 MODES = ("default", "nanochat")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")  # of TRL 1.16
 # What karpathy/nanochat@c75fe54 scripts/chat_rl.py computes, in TRL's words.
 NANOCHAT_SETTINGS: dict[str, Any] = {
     "loss_type": "bnpo",
@@ -45,7 +47,7 @@ class RewardArguments:
 
     def tasks(self) -> list[Any]:
         """What is practised on, as a mixture."""
-        return self.mixture or [{"name": self.task or "GSM8K"} | ({"rows": self.rows} if self.rows else {})]
+        return self.mixture or [{"name": self.task or "GSM8K"} | ({} if self.rows is None else {"rows": self.rows})]
 
     def check(self, training: Any, asked: dict[str, Any]) -> None:
         """Refuse what cannot be, before anything is loaded, and give `training` what the mode stands for.
@@ -57,8 +59,10 @@ class RewardArguments:
         Raises:
             UserError: says which setting.
         """
-        if self.mixture and (self.task or self.rows):
+        if self.mixture and (self.task or self.rows is not None):
             raise UserError("mixture and task (or rows) were both given; say in the mixture what to practise on")
+        if self.rows is not None and self.rows < 1:
+            raise UserError(f"rows={self.rows} must be at least 1; leave it out for all of the task")
         check_tasks(self.tasks())
         for name in ("lr_fraction", "pass_examples", "rollout_batch_size"):
             if not getattr(self, name) > 0:
@@ -66,6 +70,8 @@ class RewardArguments:
         if self.pass_samples and not all(1 <= k <= self.pass_samples for k in self.pass_k):
             raise UserError(f"pass_k={self.pass_k} must lie between 1 and pass_samples={self.pass_samples}")
         apply_mode(training, self.mode, asked)
+        check_training(training)
+        check_objective(training)
         check_sampling(training)
         if self.mode == "default":
             warn_of_truncation(training)
@@ -85,6 +91,21 @@ def apply_mode(training: Any, mode: str, asked: dict[str, Any]) -> None:
         if key in asked and asked[key] != value:
             raise UserError(f"mode=nanochat stands for {key}={value}, but {key}={asked[key]} was asked for; drop one")
         setattr(training, key, value)
+
+
+def check_objective(training: Any) -> None:
+    """Refuse an objective that TRL does not have; it would say so at the first step only.
+
+    Raises:
+        UserError: says which setting.
+    """
+    if training.loss_type not in LOSS_TYPES:
+        raise UserError(f"loss_type={training.loss_type!r} must be one of {', '.join(LOSS_TYPES)}")
+    for name in ("beta", "epsilon"):
+        if not getattr(training, name) >= 0:
+            raise UserError(f"{name}={getattr(training, name)} must be 0 or more")
+    if training.num_iterations < 1:
+        raise UserError(f"num_iterations={training.num_iterations} must be at least 1")
 
 
 def warn_of_truncation(training: Any) -> None:
@@ -111,6 +132,12 @@ def check_sampling(training: Any) -> None:
         logger.warning("completions come from vLLM, where the calculator stays silent; the own engine has it")
     if not training.temperature > 0:
         raise UserError(f"temperature={training.temperature} must be greater than 0: equal completions teach nothing")
+    if training.top_k < 0:
+        raise UserError(f"top_k={training.top_k} must be 0, which draws from all tokens, or more")
+    if not 0 < training.top_p <= 1:
+        raise UserError(f"top_p={training.top_p} must be greater than 0 and at most 1, which draws from all tokens")
+    if (training.max_completion_length or 0) < 1:
+        raise UserError(f"max_completion_length={training.max_completion_length} must be at least 1")
     plain = {"min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None, "cache_implementation": None}
     plain |= {"use_transformers_continuous_batching": False}
     for key, value in plain.items():
