@@ -35,7 +35,10 @@ class RecipeParser(TrlParser):  # type: ignore[misc]
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Called by argparse; the type may be TRL's own function around `int`, of that name."""
-        is_whole = getattr(action.type, "__name__", "") == "int"
+        kind: Any = action.type
+        if kind is Any:  # an entry of a list, as in YAML
+            return read_word(arg_string)
+        is_whole = getattr(kind, "__name__", "") == "int"
         return super()._get_value(action, write_plainly(arg_string) if is_whole else arg_string)
 
 
@@ -183,6 +186,8 @@ def fit_value(name: str, value: Any, hint: Any) -> Any:
         ValueError: it is of another kind. Fields that take more than numbers, words and paths are not looked at.
     """
     wanted = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+    if str not in wanted and any(get_origin(kind) is list for kind in wanted):
+        return value if isinstance(value, list | None) else [value]
     if isinstance(value, str):
         switches = {"on": True, "off": False} if bool in wanted and str not in wanted else {}
         return switches.get(value.lower(), value)

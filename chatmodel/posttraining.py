@@ -31,15 +31,18 @@ UNREAD |= dict.fromkeys(
 )
 
 
-def check_training(training: Any) -> None:
+def check_training(training: Any, *, evaluates: bool = False) -> None:
     """Refuse what a Trainer cannot do, or would pass over in silence, before anything is loaded.
 
     Args:
         training: TRL's arguments of any stage.
+        evaluates: whether the stage evaluates on the way.
 
     Raises:
         UserError: says which setting.
     """
+    if not evaluates and getattr(training.eval_strategy, "value", training.eval_strategy) != "no":
+        raise UserError("eval_strategy is not for this stage, which measures before and after; leave it out")
     for name in SIZES:
         if getattr(training, name) < 1:
             raise UserError(f"{name}={getattr(training, name)} must be at least 1")
@@ -53,6 +56,10 @@ def check_training(training: Any) -> None:
         raise UserError(f"seed={training.seed} must be 0 or more")
     if training.bf16 or training.fp16:
         raise UserError("bf16 and fp16 are not read; set mixed_precision to 'bf16' or 'no', or leave all of them out")
+    _check_read(training)
+
+
+def _check_read(training: Any) -> None:
     defaults = {field.name: field.default for field in fields(training)}
     for name, instead in UNREAD.items():
         value = getattr(training, name)

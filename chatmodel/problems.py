@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from chatmodel.conversations.answers import reference_answer
 from chatmodel.conversations.datasets import PUBLIC_TASKS
 from chatmodel.conversations.generated import GENERATED_TASKS, check_reply
 from chatmodel.conversations.mixtures import count_rows, mix_rows
-from chatmodel.conversations.render import render_prompt
+from chatmodel.conversations.render import Messages, check_messages, render_prompt
 from chatmodel.conversations.sources import MixtureEntry, Source, open_entry, parse_mixture, suggest_name
 from chatmodel.evaluation.statistics import Values, binomial_stderr, pack_decisions, pass_at_k, unpack_decisions
 from chatmodel.generation import generate_replies
@@ -98,11 +98,23 @@ def build_problems(tasks: Sequence[Any], sources: Sequence[Source], *, seed: int
     columns: dict[str, list[Any]] = {"prompt": [], "task": [], "answer": []}
     for number, row in order:
         source = sources[number]
-        messages = source.read(row % source.count)
+        messages = read_problem(source, row % source.count)
         columns["prompt"].append(messages[:-1])
         columns["task"].append(source.name)
         columns["answer"].append(_find_answer(source, row % source.count, messages))
     return Dataset.from_dict(columns)
+
+
+def read_problem(source: Source, row: int) -> Messages:
+    """A problem and, as its last message, the reply with the answer; the error of a wrong one names its row."""
+    try:
+        messages = source.read(row)
+        check_messages(messages)
+        if messages[-1]["role"] != "assistant":
+            raise UserError("the last message is not the assistant's, which gives the answer; add it")
+    except UserError as error:
+        raise UserError(f"{source.locate(row)}: {error}") from None
+    return messages
 
 
 def _find_answer(source: Source, row: int, messages: list[dict[str, Any]]) -> str:
@@ -115,9 +127,10 @@ def _find_answer(source: Source, row: int, messages: list[dict[str, Any]]) -> st
     return answer
 
 
-def measure_prompts(tokenizer: Any, problems: Dataset) -> int:
-    """Tokens of the longest prompt."""
-    return max(len(render_prompt(tokenizer, prompt)) for prompt in problems["prompt"])
+def measure_prompts(tokenizer: Any, problems: Dataset, held_out: Sequence[Source]) -> int:
+    """Tokens of the longest prompt, of those that are practised on and of those that are measured by."""
+    measured = (read_problem(source, row)[:-1] for source in held_out for row in range(source.count))
+    return max(len(render_prompt(tokenizer, prompt)) for prompt in chain(problems["prompt"], measured))
 
 
 def measure_pass(
@@ -138,7 +151,7 @@ def measure_pass(
         `correct` of `n` greedy replies, `accuracy`, `stderr`, `decisions` (`pack_decisions`), some `completions`,
         right and wrong by turns, and with samples `sampled`: right ones of each problem (`counts`) and `pass_at_k`.
     """
-    problems = [(source, source.read(index)) for source in sources for index in range(source.count)]
+    problems = [(source, read_problem(source, index)) for source in sources for index in range(source.count)]
     prompts = [render_prompt(tokenizer, messages[:-1]) for _, messages in problems]
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
 

@@ -34,6 +34,7 @@ from chatmodel.preferences import (
 )
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, entry_point, logger
+from chatmodel.scaling import check_positive
 
 SOURCES = ("mid", "sft", "rl")
 LOSS_TYPES = (  # of TRL 1.16
@@ -68,8 +69,7 @@ class PreferenceArguments:
         for name in ("rows", "held_out"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if not training.beta > 0:
-            raise UserError(f"beta={training.beta} must be greater than 0")
+        check_positive(lr_fraction=self.lr_fraction, beta=training.beta)
         if (training.max_length or 0) < 1:
             raise UserError(f"max_length={training.max_length} must be at least 1: the tokens a conversation may have")
         for name in training.loss_type:
@@ -138,6 +138,9 @@ def main() -> None:
     source = run.folder(args.source)
     model, tokenizer = load_stage_model(source)
     pairs = open_pairs(args.preferences, rows=args.rows, skip_invalid=args.skip_invalid)
+    context = model.config.max_position_embeddings
+    if training.max_length > context:
+        raise UserError(f"max_length={training.max_length} is more than the model's context of {context}; lower it")
     rows, counts = render_pairs(pairs, tokenizer, max_length=training.max_length, skip_invalid=args.skip_invalid)
     logger.info(
         "%s: %d pairs, %d tokens; %d skipped as invalid, %d left out as too long", args.preferences, *counts.values()

@@ -25,7 +25,7 @@ from chatmodel.reinforcement.trainer import LearnFromCompletions, SkipEmptySteps
 from chatmodel.rewards import reward_task
 from chatmodel.rollouts import Sampler, check_lengths
 from chatmodel.runs import Run
-from chatmodel.runtime import entry_point, logger
+from chatmodel.runtime import UserError, entry_point, logger
 
 
 @dataclass
@@ -37,14 +37,23 @@ class RewardConfig(GRPOConfig):
     scale_rewards: str = field(default="none", metadata={"help": "'none', 'group' or 'batch': the reward's spread."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: Muon and AdamW set the size of a step anyway."})
 
+    def __post_init__(self) -> None:
+        if self.num_generations < 2:
+            raise UserError(
+                f"num_generations={self.num_generations} must be at least 2, as a problem's completions are compared"
+            )
+        super().__post_init__()
+
 
 class RewardTrainer(LearnFromCompletions, PlannedOptimizer, GRPOTrainer):
     """TRL's GRPOTrainer with pretraining's optimizer and our completions."""
 
 
-def build_trainer(args: RewardArguments, training: RewardConfig, run: Run, problems: Any) -> RewardTrainer:
+def build_trainer(
+    args: RewardArguments, training: RewardConfig, run: Run, problems: Any, held_out: Any
+) -> RewardTrainer:
     model, tokenizer = load_stage_model(run.folder("sft"))
-    longest = measure_prompts(tokenizer, problems)
+    longest = measure_prompts(tokenizer, problems, held_out)
     check_lengths(model, longest, training.max_completion_length)
     sampler = Sampler(
         model,
@@ -86,7 +95,7 @@ def main() -> None:
     tasks = args.tasks()
     sources, held_out = open_problems(tasks, num_held_out=args.pass_examples, folder=folder)
     problems = build_problems(tasks, sources, seed=training.seed)
-    trainer = build_trainer(args, training, run, problems)
+    trainer = build_trainer(args, training, run, problems, held_out)
     model, tokenizer = trainer.model, trainer.processing_class
     measuring = {"max_new_tokens": training.max_completion_length, "batch_size": args.rollout_batch_size}
     measuring |= {"ks": args.pass_k, "num_samples": args.pass_samples, "top_k": training.top_k or None}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from peft import get_peft_model
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from chatmodel.arguments import parse_arguments
@@ -67,6 +68,8 @@ def load_datasets(
     if args.validation_mixture:  # first, as it is quick: what is wrong with it is known soon
         entries = choose_sources(args.validation_mixture, folder)
         validation, _ = load_mixture(entries, tokenizer, split="validation", **options)
+    if folder is not None and not any(isinstance(entry, dict) and "stand_ins" in entry for entry in args.mixture):
+        logger.warning("conversations=%s is not used, as no entry of the mixture lists stand_ins", folder)
     rows, counts = load_mixture(choose_sources(args.mixture, folder), tokenizer, **options)
     if args.preview_masks:
         for line in preview_mixture(rows, tokenizer, args.preview_masks):
@@ -138,6 +141,7 @@ def main() -> None:
     if stage is None:  # the preview is all that is left to do
         return
     if args.lora_rank:
+        set_seed(training.seed)  # the Trainer does so too late for what is drawn here
         model = get_peft_model(model, describe_adapter(args.lora_rank, scale=args.lora_scale))
     training.output_dir = str(run.checkpoints(args.stage))
     trainer = build_trainer(args, training, model, tokenizer, data)

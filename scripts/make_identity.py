@@ -38,9 +38,12 @@ def main() -> None:
         generate_conversation("Identity", index, split=args.split, identity=identity, turns=args.turns)
         for index in range(first, first + args.rows)
     ]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in rows)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with args.output.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in rows)
+    except OSError as error:
+        raise UserError(f"{args.output} cannot be written ({error.strerror}); give another --output") from None
     logger.info("%s: %d conversations, %d of them different", args.output, len(rows), len({str(row) for row in rows}))
 
 

@@ -115,6 +115,15 @@ def test_requested_settings_reads_what_the_parser_would(tmp_path):
     assert asked == {"depth": 6, "name": "y", "fast": True, "rate": 1.5, "list": [1, 2]}
 
 
+def test_a_list_of_anything_takes_words_and_mappings(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe", "--anything", "chats.jsonl", "{name: Identity, rows: 5}", "3"])
+    assert parse_arguments(Arguments)[0].anything == ["chats.jsonl", {"name": "Identity", "rows": 5}, 3]
+    config = tmp_path / "a.yaml"
+    config.write_text("anything: GSM8K\n")
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(config)])
+    assert parse_arguments(Arguments)[0].anything == ["GSM8K"]
+
+
 def test_words_of_the_command_line_stay_as_they_are_written(tmp_path):
     config = tmp_path / "a.yaml"
     config.write_text("mixed_precision: no\ncompile: false\nname: Yes\n")

@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     check("a.json", b"{}", "no list")
     check("a.json", b"[", "not valid JSON")
     check("b.jsonl", b"{}\n\n{nonsense\n", "line 3 is not valid JSON")
-    check("c.jsonl", b"\xff\xfe\n", "damaged")
+    check("c.jsonl", b"\xff\xfe\n", "line 1 is not UTF-8 text")
     check("a.jsonl.gz", b"not gzip", "damaged")
     check("b.jsonl.gz", gzip.compress(json.dumps(TALK).encode() * 99)[:-20], "damaged")
     check("a.parquet", b"PAR1 nonsense", "damaged")
@@ -159,6 +159,21 @@ def test_a_bad_line_can_be_kept_in_its_place(tmp_path):
     assert [convert_row(row) for row in rows[::2]] == [TALK, TALK]
     with pytest.raises(UserError, match="line 2 is not valid JSON"):
         convert_row(rows[1])
+
+
+def test_a_line_that_is_not_utf8_is_named_and_can_be_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps(TALK).encode()
+    path.write_bytes(good + b'\n[{"role": "user", "content": "caf\xe9"}]\n' + b"9" * 5000 + b"\n" + good)
+    with pytest.raises(UserError, match="line 2 is not UTF-8 text; save the file as UTF-8"):
+        read_rows(path)
+    rows = read_rows(path, keep_bad=True).rows
+    assert [convert_row(row) for row in rows[::3]] == [TALK, TALK]
+    with pytest.raises(UserError, match="line 3 is not valid JSON"):
+        convert_row(rows[2])
+    (tmp_path / "b.json").write_bytes(b'["caf\xe9"]')
+    with pytest.raises(UserError, match=r"b\.json is not UTF-8 text"):
+        read_rows(tmp_path / "b.json")
 
 
 def test_streaming_reads_a_folder_and_names_its_rows(tmp_path):

@@ -85,7 +85,7 @@ def test_no_row_without_a_trained_label_leaves(tokenizer, tmp_path):
         "tokens": 0,
         "trained_tokens": 0,
         "skipped": 0,
-        "cut": 2,
+        "cut": 1,
         "dropped": 1,
     }
     assert max(map(len, dataset["input_ids"])) == 32

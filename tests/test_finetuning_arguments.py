@@ -58,6 +58,9 @@ def test_what_can_be():
         ({}, {"packing_strategy": "bfd_split"}, "packing_strategy='bfd_split'"),
         ({}, {"loss_type": "dft"}, "loss_type='dft'"),
         ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({}, {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+        ({}, {"assistant_only_loss": True}, "assistant_only_loss=True"),
+        ({"preview_masks": -1}, {}, "preview_masks=-1"),
     ],
 )
 def test_what_cannot_be(arguments, settings, named):

@@ -242,7 +242,7 @@ def start(run, monkeypatch, capsys):
     """Run the recipe with options; the sentence it ends with, if any."""
 
     def start(**options):
-        arguments = [f"--{key}={value}" for key, value in options.items()]
+        arguments = [f"--{key}={value}" for key, value in ({"max_length": 64} | options).items()]
         plain = [f"--run_dir={run.run_dir}", "--use_cpu", "--mixed_precision=no"]  # one precision a process
         monkeypatch.setattr(sys, "argv", ["dpo.py", *plain, *arguments])
         try:
@@ -298,6 +298,8 @@ def test_what_the_recipe_refuses(start, tmp_path):
     assert "beta=0.0 must be greater than 0" in start(preferences="Arithmetic", beta=0)
     assert "loss_type='best' must be one of sigmoid, hinge" in start(preferences="Arithmetic", loss_type="best")
     assert "max_steps=0 would train nothing" in start(preferences="Arithmetic", max_steps=0)
+    assert "lr_fraction=0.0 must be greater than 0" in start(preferences="Arithmetic", lr_fraction=0)
+    assert "is more than the model's context" in start(preferences="Arithmetic", max_length=100_000)
     assert "held_out=0" in start(preferences="Arithmetic", held_out=0)
     assert "source='base'" in start(preferences="Arithmetic", source="base")
     assert "needs stage rl" in start(preferences="Arithmetic", source="rl")

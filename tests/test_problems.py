@@ -1,6 +1,8 @@
 """Problems of reinforcement learning carry their answers; what training changed is measured on the same ones."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -112,10 +114,36 @@ def test_an_own_files_last_rows_are_held_out(tmp_path):
 
 def test_prompts_are_measured(tokenizer):
     tasks = [{"name": "WordProblems", "rows": 9}]
-    rows = build_problems(tasks, open_problems(tasks, num_held_out=1)[0], seed=0)
-    assert measure_prompts(tokenizer, rows) == max(
-        len(tokenizer.encode(prompt[0]["content"], add_special_tokens=False)) + 4 for prompt in rows["prompt"]
+    sources, held_out = open_problems(tasks, num_held_out=1)
+    rows = build_problems(tasks, sources, seed=0)
+    prompts = [*rows["prompt"], held_out[0].read(0)]
+    assert measure_prompts(tokenizer, rows, held_out) == max(
+        len(tokenizer.encode(prompt[0]["content"], add_special_tokens=False)) + 4 for prompt in prompts
     )
+
+
+QUESTION, ANSWER = {"role": "user", "content": "1?"}, {"role": "assistant", "content": "#### 1"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        ({"messages": []}, "the conversation has no messages"),
+        ({"messages": [QUESTION, ANSWER | {"content": None}]}, "content of type NoneType"),
+        ({"question": "1?"}, "the row has no conversation in it"),
+        ({"messages": [ANSWER, QUESTION]}, "message 1 is from 'assistant' but should be from 'user'"),
+        ({"messages": [QUESTION, ANSWER, QUESTION]}, "the last message is not the assistant's"),
+        (5, "the row has no conversation in it"),
+    ],
+)
+def test_a_wrong_problem_is_named(tmp_path, bad, problem):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"messages": [QUESTION, ANSWER]}] * 10 + [bad]))
+    tasks = [{"name": "own", "path": str(path)}]
+    sources, held_out = open_problems(tasks, num_held_out=2)
+    everything = replace(sources[0], count=sources[0].count + held_out[0].count)
+    with pytest.raises(UserError, match=rf"own\.jsonl, row 11: .*{problem}"):
+        build_problems(tasks, [everything], seed=0)
 
 
 def test_right_replies_are_counted(tokenizer, monkeypatch):

@@ -306,7 +306,7 @@ def test_modes_and_what_they_exclude():
     ("setting", "message"),
     [
         ({"use_vllm": True}, "vllm is not installed here"),
-        ({"temperature": 0.0}, "temperature=0.0 must be greater than 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be finite and greater than 0"),
         ({"min_p": 0.1}, "min_p is not known to the decoding engine"),
         ({"repetition_penalty": 1.1}, "repetition_penalty is not known"),
     ],

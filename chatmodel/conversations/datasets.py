@@ -193,7 +193,8 @@ def task_messages(name: str, row: dict[str, Any]) -> Messages:
     Raises:
         UserError: the row is not of this data set.
     """
-    if isinstance(row, BadRow) or "messages" in row:  # a stand-in may hold conversations as they are
+    # A stand-in may hold conversations as they are.
+    if isinstance(row, BadRow) or (isinstance(row, dict) and "messages" in row):
         return convert_row(row)
     try:
         return _convert_task_row(name, row)

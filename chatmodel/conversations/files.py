@@ -118,7 +118,7 @@ def _stream_file(path: Path) -> Iterator[Any]:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 yield from batch.to_pylist()
         return
-    with open_text(path) as lines:
+    with open_text(path, errors="surrogateescape") as lines:
         if path.suffix == ".json":
             yield from _parse_list(lines.read(), path)
             return
@@ -129,15 +129,23 @@ def _stream_file(path: Path) -> Iterator[Any]:
 
 def _parse_line(line: str, number: int) -> Any:
     try:
+        line.encode()
+    except UnicodeEncodeError:
+        return BadRow(f"line {number} is not UTF-8 text; save the file as UTF-8, or remove the line")
+    try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         return BadRow(f"line {number} is not valid JSON ({one_line(error)}); mend or remove it")
 
 
 def _parse_list(text: str, path: Path) -> list[Any]:
     try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    try:
         rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({one_line(error)}); mend or remove it") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} holds no list of conversations; put them into one [...], or use .jsonl")

@@ -56,7 +56,7 @@ class Tally:
     def admit(self, row: Rendered, trained_tokens: int, too_long: str) -> bool:
         """Count a rendered row; whether it is trained on."""
         is_dropped = not trained_tokens or (row.cut > 0 and too_long == "drop")
-        self.counts["cut"] += row.cut > 0 and too_long == "cut"
+        self.counts["cut"] += row.cut > 0 and not is_dropped
         self.counts["dropped"] += is_dropped
         if not is_dropped:
             self.counts["rows"] += 1

@@ -98,7 +98,8 @@ def _parse_entry(number: int, entry: Any) -> MixtureEntry:
     where = f"mixture entry {number} ({entry['name']})"
     unknown = [key for key in entry if key not in known]
     if unknown:
-        raise UserError(f"{where} has the unknown key '{unknown[0]}'; known are {', '.join(known)}")
+        near = suggest(unknown[0], known)
+        raise UserError(f"{where} has the unknown key '{unknown[0]}'{near}; known are {', '.join(known)}")
     for key in ("path", "facts", "split"):
         if not isinstance(entry.get(key), str | None):
             raise UserError(f"{where} has {key} {entry[key]!r}; it must be text")

@@ -32,7 +32,9 @@ def choose_sources(entries: Sequence[Any], folder: Path | None) -> list[Any]:
 
 def _list_stand_ins(entry: dict[str, Any]) -> list[dict[str, Any]]:
     stand_ins = entry["stand_ins"]
-    if not isinstance(stand_ins, list) or not all(isinstance(each, dict) and "path" in each for each in stand_ins):
+    if not isinstance(stand_ins, list) or not all(
+        isinstance(each, dict) and isinstance(each.get("path"), str) for each in stand_ins
+    ):
         raise UserError(
             f"stand_ins of {entry.get('name')} are {stand_ins!r}; write a list such as [{{path: chats.jsonl}}]"
         )

@@ -206,11 +206,11 @@ def read_text(file: Path) -> Iterator[str]:
     yield "".join(gathered).strip()
 
 
-def open_text(file: Path) -> TextIO:
-    """A text file, unpacked where it is compressed."""
+def open_text(file: Path, *, errors: str = "strict") -> TextIO:
+    """A text file, unpacked where it is compressed; `errors` as `open` takes it."""
     if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8-sig")
-    return file.open(encoding="utf-8-sig")
+        return gzip.open(file, "rt", encoding="utf-8-sig", errors=errors)
+    return file.open(encoding="utf-8-sig", errors=errors)
 
 
 def guard_text(file: Path, texts: Iterator[str]) -> Iterator[str]:

@@ -10,7 +10,15 @@ from chatmodel.runtime import UserError
 
 STAGES = ("mid", "sft")
 # "wrapped" cuts conversations where rows end, as nanochat's mid-training does.
-KNOWN_VALUES = {"packing_strategy": ("bfd", "wrapped"), "loss_type": ("nll",), "label_smoothing_factor": (0,)}
+KNOWN_VALUES = {
+    "packing_strategy": ("bfd", "wrapped"),
+    "loss_type": ("nll",),
+    "label_smoothing_factor": (0,),
+    "neftune_noise_alpha": (None,),
+    "completion_only_loss": (None,),
+    "assistant_only_loss": (False,),  # it is, unless train_on_prompts
+    "padding_free": (False,),  # packing is
+}
 
 
 @dataclass
@@ -67,13 +75,15 @@ class ConversationArguments:
             raise UserError(f"lr_fraction={self.lr_fraction} must be greater than 0")
         if self.loss_scale not in LOSS_SCALES:
             raise UserError(f"loss_scale={self.loss_scale!r} must be one of {', '.join(LOSS_SCALES)}")
+        if self.preview_masks < 0:
+            raise UserError(f"preview_masks={self.preview_masks} must be 0 or more")
         if self.lora_rank is not None:
             describe_adapter(self.lora_rank, scale=self.lora_scale)
         if self.constant_fraction is not None and not 0 <= self.constant_fraction < 1:
             raise UserError(f"constant_fraction={self.constant_fraction} must be at least 0 and less than 1")
         if self.momentum_warmup_steps is not None and self.momentum_warmup_steps < 1:
             raise UserError(f"momentum_warmup_steps={self.momentum_warmup_steps} must be at least 1")
-        check_training(training)
+        check_training(training, evaluates=True)
         self._check_length(training, context)
         self._check_evaluation(training)
         for name, known in KNOWN_VALUES.items():

@@ -1,6 +1,7 @@
 """What can be asked of reinforcement learning beside TRL's own settings, and which of those cannot be had here?"""
 
 import importlib.util
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,8 @@ def check_objective(training: Any) -> None:
     for name in ("beta", "epsilon"):
         if not getattr(training, name) >= 0:
             raise UserError(f"{name}={getattr(training, name)} must be 0 or more")
+    if training.reward_weights is not None:
+        raise UserError("reward_weights is not for one reward; leave it out")
     if training.num_iterations < 1:
         raise UserError(f"num_iterations={training.num_iterations} must be at least 1")
 
@@ -130,8 +133,10 @@ def check_sampling(training: Any) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError("use_vllm is set, but vllm is not installed here; leave it out to use the own engine")
         logger.warning("completions come from vLLM, where the calculator stays silent; the own engine has it")
-    if not training.temperature > 0:
-        raise UserError(f"temperature={training.temperature} must be greater than 0: equal completions teach nothing")
+    if not 0 < training.temperature < math.inf:
+        raise UserError(
+            f"temperature={training.temperature} must be finite and greater than 0: equal completions teach nothing"
+        )
     if training.top_k < 0:
         raise UserError(f"top_k={training.top_k} must be 0, which draws from all tokens, or more")
     if not 0 < training.top_p <= 1:
