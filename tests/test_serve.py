@@ -188,7 +188,7 @@ def test_a_client_that_leaves_does_not_hold_up_others(server, stream):
         server.leave_after(0.3, stream=stream)
     began = time.monotonic()
     assert server.ask().choices[0].message.content == "so on,"
-    assert time.monotonic() - began < max(whole, 2), "not even one of the five was answered to its end"
+    assert time.monotonic() - began < 2.5 * whole + 0.5, "not even half of the five were answered to their ends"
 
 
 @pytest.mark.slow

@@ -36,6 +36,12 @@ def train_divided(run, text, **changes):
         torch.save([pretraining.state.history, pretraining.state.evaluations], run.run_dir / "log.pt")
 
 
+def check_near(found, expected):
+    """Sums are taken in another order; backout, one number that AdamW moves by up to 0.2 a step, shows it most."""
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-4 if "backout" in name else 1e-4)
+
+
 def test_divided_weights_train_as_whole_ones(tokenizer, tmp_path):
     text, log = write_text(tmp_path / "text"), tmp_path / "log"
     whole = make_run(tmp_path / "whole", tokenizer, text)
@@ -51,10 +57,8 @@ def test_divided_weights_train_as_whole_ones(tokenizer, tmp_path):
     assert [record["loss"] for record in history] == pytest.approx(losses, rel=1e-5)
     assert [entry["step"] for entry in evaluations] == [0, 4, 8]
     weights = torch.load(whole.run_dir / "weights.pt")
-    for name, tensor in torch.load(divided.run_dir / "weights.pt").items():
-        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4)
+    check_near(torch.load(divided.run_dir / "weights.pt"), weights)
     (divided.checkpoints("base") / "step-00000008").rename(tmp_path / "again")
     assert wait(fork(train_and_save, divided, text, log=log)) == [0], log.read_text()
     assert "it was saved by 2 ranks, now there are 1" in log.read_text()
-    for name, tensor in torch.load(divided.run_dir / "weights.pt").items():
-        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4)
+    check_near(torch.load(divided.run_dir / "weights.pt"), weights)
