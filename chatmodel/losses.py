@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from chatmodel.kernels.accumulation import add_product
+
 CACHED_LOGITS = 2**19  # in fp32 twice 2 MiB; half or twice as many made little difference on two CPU cores
 
 
@@ -43,7 +45,7 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
             total += nats.sum()
             if grad_hidden is not None and grad_weight is not None and gradient is not None:
                 torch.mm(gradient, matrix, out=grad_hidden[rows])
-                _add_product(grad_weight, gradient.T, hidden[rows])
+                add_product(grad_weight, gradient.T, hidden[rows])
         if needs_gradient:
             ctx.save_for_backward(grad_hidden, grad_weight)
         return total
@@ -67,14 +69,6 @@ def measure_nats(
         rows = slice(begin, begin + chunk_size)
         nats[rows] = cross_entropy(hidden[rows] @ matrix.T, targets[rows], cap, False)[0]
     return nats
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left @ right` to the fp32 `total`, on CUDA without rounding the product first."""
-    if left.is_cuda and left.dtype != torch.float32:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total += left @ right
 
 
 def _fused_cross_entropy(

@@ -7,9 +7,14 @@ from typing import Any
 import torch
 
 from chatmodel.devices import time_repeated
+from chatmodel.kernels.accumulation import add_product
 from chatmodel.runtime import logger
 
 TOLERANCE = 0.02  # relative error in bf16 that rounding explains
+# Slopes are as large as what is kept of a layer's MLP, and the last layer's are needed when all layers' is still held.
+SHARES_OF_SLOPES = 2
+
+MultiplySlope = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class FusedMLP(torch.autograd.Function):
@@ -30,9 +35,46 @@ class FusedMLP(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The gradients for states, up and down."""
         rows, up, down, squared = ctx.saved_tensors
-        gradient_rows = gradient.reshape(rows.shape)
-        inner = torch.ops.chatmodel.multiply_slope(gradient_rows, down, squared)
-        return (inner @ up).view(gradient.shape), inner.T @ rows, gradient_rows.T @ squared
+        for_rows, for_up, for_down = fused_mlp_backward(gradient.reshape(rows.shape), rows, up, down, squared)
+        return for_rows.view(gradient.shape), for_up, for_down
+
+
+@torch.library.custom_op("chatmodel::fused_mlp_backward", mutates_args=(), device_types="cuda")
+def fused_mlp_backward(
+    gradient: torch.Tensor, rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor, squared: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients for rows, up and down; one operation, as a compiler would put the shares together by copies.
+
+    Args:
+        gradient: (N, D), of the output. rows: (N, D). up: (M, D). down: (D, M). squared: (N, M), ReLU^2's output.
+    """
+    return differentiate_mlp(gradient, rows, up, down, squared, torch.ops.chatmodel.multiply_slope)
+
+
+@fused_mlp_backward.register_fake
+def _(
+    gradient: torch.Tensor, rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor, squared: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(rows), torch.empty_like(up), torch.empty_like(down)
+
+
+def differentiate_mlp(
+    gradient: torch.Tensor,
+    rows: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    squared: torch.Tensor,
+    multiply_slope: MultiplySlope,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `fused_mlp_backward`, on any device; the slopes are held for one share of the rows at a time."""
+    for_rows, for_up = torch.empty_like(rows), torch.zeros_like(up, dtype=torch.float32)
+    size = -(-len(rows) // SHARES_OF_SLOPES)
+    for share in (slice(begin, begin + size) for begin in range(0, len(rows), size)):
+        inner = multiply_slope(gradient[share], down, squared[share])
+        torch.mm(inner, up, out=for_rows[share])
+        add_product(for_up, inner.T, rows[share])
+        del inner  # before the next one is made
+    return for_rows, for_up.to(up.dtype), gradient.T @ squared
 
 
 # Left to autograd by the compiler, as everything in `chatmodel.training_layers` is, and for the same reason.
