@@ -1,5 +1,7 @@
 """What is known of devices: names, datasheets, limits, and timings of real products."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from chatmodel.devices import (
     find_datasheet,
     measure_copy,
     measure_matmul,
+    time_repeated,
 )
 from chatmodel.runtime import UserError
 
@@ -82,3 +85,48 @@ def test_a_precision_asked_of_accelerate_is_not_passed_over_in_silence(
     assert chosen == (asked or ("bf16" if speedup > 1.3 else "no"))
     assert said in caplog.text
     assert bool(said) == bool(caplog.text)
+
+
+class FakeGPU:
+    """A host that takes its time to hand a call over, and a GPU that works on calls one after the other."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.gpu = 0.0
+        outer = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(outer.gpu, outer.host)
+
+            def synchronize(self):
+                outer.wait()
+
+            def elapsed_time(self, end):
+                return 1000 * (end.at - self.at)
+
+        monkeypatch.setattr(devices.time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: self.wait())
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work(cycles / devices.CYCLES_PER_SECOND))
+
+    def wait(self):
+        self.host = self.gpu = max(self.host, self.gpu)
+
+    def work(self, seconds):
+        self.gpu = max(self.gpu, self.host) + seconds
+
+
+@pytest.mark.parametrize(("handing_over", "working"), [(0.004, 0.001), (0.001, 0.004)])
+def test_a_gpu_is_timed_however_slow_its_host(monkeypatch, handing_over, working):
+    gpu = FakeGPU(monkeypatch)
+
+    def call():
+        gpu.host += handing_over
+        gpu.work(working)
+
+    seconds = time_repeated(call, torch.device("cuda"), repeats=2)
+    assert seconds == pytest.approx(working, rel=0.1)

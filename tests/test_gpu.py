@@ -1,5 +1,6 @@
 """What only a CUDA device can show: the fused loss, the attention kernels, a step that is skipped without waiting."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from accelerate import Accelerator
 from conftest import make_model
 
 from chatmodel.attention import CANDIDATES, AttentionShape, try_attention, works_here
+from chatmodel.devices import time_repeated
 from chatmodel.kernels.mlp import fused_mlp, plain_mlp
 from chatmodel.losses import LanguageModelLoss, SoftcappedCrossEntropy, _plain_cross_entropy
 from chatmodel.optim.groups import build_optimizer
@@ -171,6 +173,16 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     step.accumulate(batch)
     assert step.finish(1).updated
+
+
+def test_a_call_is_timed_without_its_host():
+    numbers = torch.zeros(8, device="cuda")
+
+    def call():
+        time.sleep(0.002)
+        numbers.add_(1)
+
+    assert time_repeated(call, numbers.device, repeats=2) < 5e-4
 
 
 def test_the_fused_mlp_is_the_plain_one():
