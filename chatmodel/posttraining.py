@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel
-from transformers import TrainerCallback
 
-from chatmodel.checkpoint import MANIFEST, find_damage, load_model, save_model_folder, seal_folder
+from chatmodel.checkpoint import MANIFEST, find_damage, load_model, save_model_folder
 from chatmodel.devices import choose_precision
 from chatmodel.optim.groups import build_optimizer
 from chatmodel.optim.optimizer import MuonAdamW
@@ -118,14 +117,18 @@ def build_stage_optimizer(model: Any, base_folder: Path, *, lr_fraction: float) 
     )
 
 
-class PlannedOptimizer:
+class StageTraining:
     """Gives a Trainer it is mixed into pretraining's optimizer: Muon for the matrices, AdamW for the rest.
+
+    It also ends at its last step when it is continued from there, where Transformers 5.23 takes one more.
 
     Args:
         plan_folder, lr_fraction: as in `build_stage_optimizer`; everything else goes to the Trainer.
     """
 
     model: Any
+    state: Any
+    control: Any
     optimizer: torch.optim.Optimizer | None
 
     def __init__(self, *args: Any, plan_folder: Path, lr_fraction: float, **kwargs: Any) -> None:
@@ -138,28 +141,11 @@ class PlannedOptimizer:
             self.optimizer = build_stage_optimizer(self.model, self.plan_folder, lr_fraction=self.lr_fraction)
         return self.optimizer
 
-
-class StopOnBadGradient(TrainerCallback):  # type: ignore[misc]
-    """Ends a Trainer's run before a gradient that is not finite reaches the weights."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer on every rank, before each update."""
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if gradients and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
-            raise UserError(
-                f"the gradient is not finite at step {state.global_step + 1}; the weights are as they were before: "
-                f"lower lr_fraction, or set mixed_precision to 'no', and start again from {args.output_dir}"
-            )
-
-
-class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Leaves a manifest in each checkpoint of a Trainer, by which damage is found before it is continued from."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer on every rank, behind each checkpoint."""
-        PartialState().wait_for_everyone()  # each rank writes its own part
-        if state.is_world_process_zero:
-            seal_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
 
 @contextmanager

@@ -10,9 +10,7 @@ from trl import DPOConfig, DPOTrainer
 from chatmodel.arguments import parse_arguments
 from chatmodel.devices import peak_memory_bytes
 from chatmodel.posttraining import (
-    PlannedOptimizer,
-    SealCheckpoints,
-    StopOnBadGradient,
+    StageTraining,
     check_training,
     describe_adapter,
     explain_memory,
@@ -35,6 +33,7 @@ from chatmodel.preferences import (
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, entry_point, logger
 from chatmodel.scaling import check_positive
+from chatmodel.trainer_callbacks import stage_callbacks, sum_up
 
 SOURCES = ("mid", "sft", "rl")
 LOSS_TYPES = (  # of TRL 1.16
@@ -91,7 +90,7 @@ class PreferenceConfig(DPOConfig):
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: Muon and AdamW set the size of a step anyway."})
 
 
-class PreferenceTrainer(RenderedPairs, PlannedOptimizer, DPOTrainer):
+class PreferenceTrainer(RenderedPairs, StageTraining, DPOTrainer):
     """TRL's DPOTrainer with pretraining's optimizer and our rendering."""
 
 
@@ -111,7 +110,7 @@ def build_trainer(
         data_collator=PairCollator(tokenizer.pad_token_id),
         train_dataset=pairs,
         processing_class=tokenizer,
-        callbacks=[StopOnBadGradient(), SealCheckpoints()],
+        callbacks=stage_callbacks(),
         plan_folder=run.folder(args.source),
         lr_fraction=args.lr_fraction,
     )
@@ -170,8 +169,7 @@ def main() -> None:
         "lora": bool(args.lora_rank),
         "held_out": {"before": before, "after": after},
         "history": pick_history(trainer.state.log_history, *HISTORY),
-        "train_loss": outcome.training_loss,
-        "train_seconds": outcome.metrics["train_runtime"],
+        **sum_up(trainer, outcome),
         "peak_memory_bytes": peak_memory_bytes(training.device),
     }
     card = [

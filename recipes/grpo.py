@@ -9,9 +9,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from chatmodel.arguments import parse_arguments, requested_settings
 from chatmodel.posttraining import (
-    PlannedOptimizer,
-    SealCheckpoints,
-    StopOnBadGradient,
+    StageTraining,
     explain_memory,
     fit_to_device,
     latest_trainer_checkpoint,
@@ -26,6 +24,7 @@ from chatmodel.rewards import reward_task
 from chatmodel.rollouts import Sampler, check_lengths
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, entry_point, logger
+from chatmodel.trainer_callbacks import stage_callbacks, sum_up
 
 
 @dataclass
@@ -45,7 +44,7 @@ class RewardConfig(GRPOConfig):
         super().__post_init__()
 
 
-class RewardTrainer(LearnFromCompletions, PlannedOptimizer, GRPOTrainer):
+class RewardTrainer(LearnFromCompletions, StageTraining, GRPOTrainer):
     """TRL's GRPOTrainer with pretraining's optimizer and our completions."""
 
 
@@ -74,7 +73,7 @@ def build_trainer(
         train_dataset=problems,
         reward_funcs=[reward_task],
         processing_class=tokenizer,
-        callbacks=[StopOnBadGradient(), SealCheckpoints()],
+        callbacks=stage_callbacks(),
         mode=args.mode,
         sampler=None if training.use_vllm else sampler,
         plan_folder=run.folder("sft"),
@@ -108,7 +107,7 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     metrics = collect_metrics(trainer, problems, before, after)
-    metrics["train_seconds"] = outcome.metrics["train_runtime"]
+    metrics["train_seconds"] = sum_up(trainer, outcome)["train_seconds"]
     card = [
         f"A chat model after reinforcement learning on {metrics['task']}: pass@1 on {after['n']} held-out problems "
         f"{before['accuracy']:.3f} before, {after['accuracy']:.3f} after."

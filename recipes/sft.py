@@ -21,9 +21,7 @@ from chatmodel.finetuning.rows import ConversationRows, StreamRows
 from chatmodel.finetuning.schedule import MomentumWarmup
 from chatmodel.finetuning.trainer import ConversationTraining
 from chatmodel.posttraining import (
-    PlannedOptimizer,
-    SealCheckpoints,
-    StopOnBadGradient,
+    StageTraining,
     describe_adapter,
     explain_memory,
     fit_to_device,
@@ -35,6 +33,7 @@ from chatmodel.posttraining import (
 )
 from chatmodel.runs import STAGE_INPUTS, Run
 from chatmodel.runtime import entry_point, logger
+from chatmodel.trainer_callbacks import stage_callbacks
 
 
 @dataclass
@@ -45,11 +44,11 @@ class ConversationConfig(SFTConfig):
     activation_checkpointing: bool | None = field(default=False, metadata={"help": "Trade speed for memory."})
 
 
-class ConversationTrainer(ConversationTraining, PlannedOptimizer, SFTTrainer):
+class ConversationTrainer(ConversationTraining, StageTraining, SFTTrainer):
     """TRL's SFTTrainer with pretraining's optimizer, layers and loss."""
 
 
-class DividedTrainer(PlannedOptimizer, SFTTrainer):
+class DividedTrainer(StageTraining, SFTTrainer):
     """TRL's SFTTrainer with pretraining's optimizer, for weights divided by FSDP."""
 
 
@@ -85,7 +84,7 @@ def build_trainer(
         "model": model,
         "args": training,
         "processing_class": tokenizer,
-        "callbacks": [StopOnBadGradient(), SealCheckpoints()],
+        "callbacks": stage_callbacks(),
         "plan_folder": Path(args.run_dir) / STAGE_INPUTS[args.stage][0],
         "lr_fraction": args.lr_fraction,
     }

@@ -25,16 +25,17 @@ from chatmodel.devices import choose_precision, peak_memory_bytes
 from chatmodel.finetuning.rows import ConversationRows
 from chatmodel.finetuning.trainer import ConversationTraining
 from chatmodel.model import GPTForCausalLM
-from chatmodel.posttraining import PlannedOptimizer, StopOnBadGradient, fit_to_device, use_device
+from chatmodel.posttraining import StageTraining, fit_to_device, use_device
 from chatmodel.runtime import write_json
 from chatmodel.scaling import plan_run
+from chatmodel.trainer_callbacks import StopOnBadGradient
 
 
-class FastTrainer(ConversationTraining, PlannedOptimizer, SFTTrainer):
+class FastTrainer(ConversationTraining, StageTraining, SFTTrainer):
     """As in recipes/sft.py."""
 
 
-class StockTrainer(PlannedOptimizer, SFTTrainer):
+class StockTrainer(StageTraining, SFTTrainer):
     """TRL's, with our optimizer."""
 
 

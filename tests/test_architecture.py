@@ -16,7 +16,7 @@ LAYERS = [  # lowest first
     {"kernels", "data", "optim", "tokenizer_comparison"},
     {"losses", "attention", "training_layers"},
     {"conversations", "checkpoint", "train_step", "decoding"},
-    {"estimate", "probes", "generation", "rewards", "posttraining", "preferences", "export"},
+    {"estimate", "probes", "generation", "rewards", "posttraining", "trainer_callbacks", "preferences", "export"},
     {"evaluation", "rollouts", "chat"},
     {"training", "problems"},
     {"finetuning", "reinforcement"},

@@ -7,14 +7,15 @@ from trl import SFTConfig, SFTTrainer
 
 from chatmodel.finetuning.rows import ConversationRows
 from chatmodel.finetuning.trainer import ConversationTraining
-from chatmodel.posttraining import PlannedOptimizer, SealCheckpoints, StopOnBadGradient
+from chatmodel.posttraining import StageTraining
 from chatmodel.runtime import write_json
 from chatmodel.scaling import plan_run
+from chatmodel.trainer_callbacks import stage_callbacks
 
 LENGTH = 24
 
 
-class TinyTrainer(ConversationTraining, PlannedOptimizer, SFTTrainer):
+class TinyTrainer(ConversationTraining, StageTraining, SFTTrainer):
     """As in recipes/sft.py."""
 
 
@@ -89,7 +90,7 @@ def build_trainer(
         optimizers=optimizers,
         args=args,
         processing_class=tokenizer,
-        callbacks=[StopOnBadGradient(), SealCheckpoints(), *callbacks],
+        callbacks=[*stage_callbacks(), *callbacks],
         plan_folder=folder,
         lr_fraction=lr_fraction,
     )

@@ -6,6 +6,7 @@ from typing import Any
 from chatmodel.devices import peak_memory_bytes
 from chatmodel.finetuning.trainer import ConversationTraining
 from chatmodel.posttraining import pick_history
+from chatmodel.trainer_callbacks import sum_up
 
 HISTORY = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
 
@@ -25,13 +26,12 @@ def gather_metrics(trainer: Any, outcome: Any, counts: Sequence[dict[str, Any]])
         "mixture": list(counts),
         "rows": sum(count["rows"] for count in counts),
         "steps": trainer.state.global_step,
-        "train_loss": outcome.training_loss,
+        **sum_up(trainer, outcome),
         "validation_loss": last.get("validation_loss"),
         "validation_bpb": last.get("validation_bpb"),
         "history": pick_history(log, *HISTORY),
         "evaluations": evaluations,
         "world_size": trainer.args.world_size,
-        "train_seconds": outcome.metrics["train_runtime"],
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
     }
     if isinstance(trainer, ConversationTraining):
@@ -41,7 +41,7 @@ def gather_metrics(trainer: Any, outcome: Any, counts: Sequence[dict[str, Any]])
         metrics["tokens_per_second"] = trainer.tokens_per_second
     else:
         tokens = pick_history(log, "num_tokens")[-1]["num_tokens"]
-        metrics["tokens_per_second"] = tokens / outcome.metrics["train_runtime"]
+        metrics["tokens_per_second"] = tokens / metrics["train_seconds"]
     return metrics
 
 
