@@ -19,8 +19,8 @@ from chatmodel.posttraining import (
 from chatmodel.problems import build_problems, measure_pass, measure_prompts, open_problems
 from chatmodel.reinforcement.arguments import RewardArguments
 from chatmodel.reinforcement.results import collect_metrics
+from chatmodel.reinforcement.reward_choice import find_rewards
 from chatmodel.reinforcement.trainer import LearnFromCompletions, SkipEmptySteps
-from chatmodel.rewards import reward_task
 from chatmodel.rollouts import Sampler, check_lengths
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, entry_point, logger
@@ -71,7 +71,7 @@ def build_trainer(
         model=model,
         args=training,
         train_dataset=problems,
-        reward_funcs=[reward_task],
+        reward_funcs=list(find_rewards(args.rewards).values()),
         processing_class=tokenizer,
         callbacks=stage_callbacks(),
         mode=args.mode,

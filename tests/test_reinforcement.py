@@ -14,11 +14,12 @@ from trl import GRPOTrainer
 
 from chatmodel.conversations.render import render_prompt
 from chatmodel.conversations.sources import MixtureEntry, open_entry
+from chatmodel.evaluation.statistics import pack_decisions
 from chatmodel.optim.groups import build_optimizer
 from chatmodel.problems import build_problems
 from chatmodel.reinforcement.arguments import apply_mode, check_sampling
 from chatmodel.reinforcement.micro_batches import mask_choices, split_rows
-from chatmodel.reinforcement.results import collect_samples
+from chatmodel.reinforcement.results import collect_metrics, collect_samples
 from chatmodel.reinforcement.trainer import LearnFromCompletions, SkipEmptySteps
 from chatmodel.rewards import reward_task
 from chatmodel.rollouts import Completion, Sampler
@@ -58,7 +59,18 @@ class Stop(Exception):
     pass
 
 
-def build(tokenizer, folder, *, mode="default", sampler=None, seed=3, tasks="Arithmetic", model=None, **settings):
+def build(
+    tokenizer,
+    folder,
+    *,
+    mode="default",
+    sampler=None,
+    seed=3,
+    tasks="Arithmetic",
+    model=None,
+    rewards=(reward_task,),
+    **settings,
+):
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 160, "sliding_window": 24}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if model is None:
@@ -87,7 +99,7 @@ def build(tokenizer, folder, *, mode="default", sampler=None, seed=3, tasks="Ari
         model=model,
         args=training,
         train_dataset=build_problems([tasks], [open_entry(MixtureEntry(tasks, rows=8))], seed=0),
-        reward_funcs=[reward_task],
+        reward_funcs=list(rewards),
         processing_class=tokenizer,
         mode=mode,
         sampler=sampler(model, tokenizer) if sampler else Sampler(model, tokenizer, seed=seed, **limits),
@@ -278,6 +290,23 @@ def test_nothing_to_learn_moves_nothing_and_is_said_once(tokenizer, tmp_path, ca
     assert len(said) == 1
     assert "an easier task, or sample hotter" in said[0]
     assert all((value == start[name]).all() for name, value in weights(trainer).items())
+
+
+def test_several_rewards_are_weighed_and_recorded_each(tokenizer, tmp_path):
+    def same(completions, **columns):
+        return [4.0] * len(completions)
+
+    trainer = build(tokenizer, tmp_path, rewards=[lucky, same], max_steps=2, reward_weights=[1.0, 0.25])
+    trainer.train()
+    measured = {"decisions": pack_decisions([False]), "correct": 0, "n": 1, "accuracy": 0.0, "stderr": 0.0}
+    measured["completions"] = []
+    metrics = collect_metrics(trainer, {"task": ["Arithmetic"]}, measured, measured)
+    assert metrics["rewards"] == {"lucky": 1.0, "same": 0.25}
+    assert len(metrics["history"]) == 2
+    for record in metrics["history"]:
+        assert record["rewards/same"] == 4
+        assert record["reward"] == pytest.approx(record["rewards/lucky"] + 1)
+    assert {shown["reward"] for shown in metrics["completions_sampled"]} <= {1.0, 2.0, 3.0}
 
 
 def test_a_penalty_on_the_distance_is_recorded(tokenizer, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 from chatmodel.posttraining import check_training
 from chatmodel.problems import check_tasks
+from chatmodel.reinforcement.reward_choice import find_rewards
 from chatmodel.runtime import UserError, logger
 
 MODES = ("default", "nanochat")
@@ -37,6 +38,9 @@ class RewardArguments:
     task: str | None = field(default=None, metadata={"help": "GSM8K (the default), Arithmetic, LetterCounting ..."})
     rows: int | None = field(default=None, metadata={"help": "Problems to train on; by default all of the task."})
     mixture: list[Any] = field(default_factory=list, metadata={"help": "Several tasks in place of one, as in SFT."})
+    rewards: list[str] = field(
+        default_factory=lambda: ["task"], metadata={"help": "task (right or wrong), form, or my.py:function."}
+    )
     mode: str = field(default="default", metadata={"help": "'nanochat' computes its gradient to the letter."})
     chatcore: Path | None = field(default=None, metadata={"help": "Folder of ChatCORE's data sets; else the Hub."})
     mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
@@ -70,12 +74,20 @@ class RewardArguments:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
         if self.pass_samples and not all(1 <= k <= self.pass_samples for k in self.pass_k):
             raise UserError(f"pass_k={self.pass_k} must lie between 1 and pass_samples={self.pass_samples}")
+        self._check_rewards(training)
         apply_mode(training, self.mode, asked)
         check_training(training)
         check_objective(training)
         check_sampling(training)
         if self.mode == "default":
             warn_of_truncation(training)
+
+    def _check_rewards(self, training: Any) -> None:
+        count, weights = len(find_rewards(self.rewards)), training.reward_weights
+        if self.mode == "nanochat" and self.rewards != ["task"]:
+            raise UserError("mode=nanochat stands for rewards=['task']; drop one of them")
+        if weights is not None and (len(weights) != count or not all(map(math.isfinite, weights))):
+            raise UserError(f"reward_weights={weights} must be {count} finite numbers, one for each of {self.rewards}")
 
 
 def apply_mode(training: Any, mode: str, asked: dict[str, Any]) -> None:
@@ -105,8 +117,6 @@ def check_objective(training: Any) -> None:
     for name in ("beta", "epsilon"):
         if not getattr(training, name) >= 0:
             raise UserError(f"{name}={getattr(training, name)} must be 0 or more")
-    if training.reward_weights is not None:
-        raise UserError("reward_weights is not for one reward; leave it out")
     if training.num_iterations < 1:
         raise UserError(f"num_iterations={training.num_iterations} must be at least 1")
 

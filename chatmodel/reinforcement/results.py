@@ -19,6 +19,11 @@ KEPT = ("correct", "n", "accuracy", "stderr", "decisions")
 def collect_metrics(trainer: Any, problems: Any, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """A finished Trainer's history, rates and completions, with what `measure_pass` found before and after."""
     history = pick_history(trainer.state.log_history, *HISTORY)
+    names = trainer.reward_func_names
+    if len(names) > 1:
+        logged = [entry for entry in trainer.state.log_history if HISTORY[0] in entry]
+        for record, entry in zip(history, logged, strict=True):
+            record |= {f"rewards/{name}": entry[f"rewards/{name}/mean"] for name in names}
     seconds = sum(entry.get("rollout_seconds", 0.0) for entry in history)
     tokens = sum(entry.get("rollout_seconds", 0.0) * entry.get("rollout_tokens_per_second", 0.0) for entry in history)
     change = compare_pass(before, after)
@@ -30,6 +35,7 @@ def collect_metrics(trainer: Any, problems: Any, before: dict[str, Any], after: 
         "steps": trainer.state.global_step,
         "problems": len(problems),
         "num_generations": trainer.args.num_generations,
+        "rewards": dict(zip(names, trainer.args.reward_weights or [1.0] * len(names), strict=True)),
         "history": history,
         "pass_at_1": {when: {key: each[key] for key in KEPT} for when, each in _both(before, after)},
         "sampled": {when: each.get("sampled") for when, each in _both(before, after)},

@@ -35,6 +35,7 @@ class LearnFromCompletions:
     _step: int
     _metrics: Any
     _buffered_inputs: Any
+    reward_weights: torch.Tensor
     args: Any
     model: Any
     state: Any
@@ -95,7 +96,7 @@ class LearnFromCompletions:
             inputs, prompts, completions, completion_ids_list
         )
         self._log_number("reward_seconds", time.perf_counter() - began)
-        totals = rewards.nansum(dim=1)
+        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._notice_drought(totals)
         step = self.state.global_step
         every = max(1, self.state.max_steps // SHOWN_ROUNDS)

@@ -72,6 +72,8 @@ def _describe_rl(result: StageResult) -> list[Block]:
         title: [collect_series(label, history, key) for label, key in series.items()]
         for title, series in CURVES.items()
     }
+    for name in pick_named(metrics, "rewards"):
+        panels["mean reward"].append(collect_series(name, history, f"rewards/{name}"))
     length = "mean_length" if any("mean_length" in record for record in history) else "completion_length"
     panels["completion length (tokens)"] = [collect_series("mean length", history, length)]
     blocks += build_figure("rl_reward", "RL: reward, completions and what they are drawn from", panels) or [
