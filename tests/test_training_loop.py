@@ -115,6 +115,8 @@ def test_a_result_that_is_known_late_changes_nothing(run, text, unbroken, monkey
 def test_the_log_keeps_what_a_step_found(unbroken):
     assert [record["step"] for record in unbroken.state.history] == list(range(1, 9))
     assert all(record["gradient_norm"] > 0 for record in unbroken.state.history)
+    assert unbroken.state.first_steps == 1
+    assert 0 < unbroken.state.first_step_seconds < unbroken.state.train_seconds
     assert [record["step"] for record in unbroken.state.evaluations] == [0, 4, 8]
     assert saved_steps(unbroken.run) == [6, 8]
 
@@ -203,6 +205,7 @@ def test_accepted_changes_count_from_the_step_they_were_made_at(run, text, unbro
     resumed = build(run, text, lr_fraction=0.5)
     resumed.train()
     assert resumed.state.changed_settings == [{"step": 5, "changed": {"lr_fraction": [1.0, 0.5]}}]
+    assert resumed.state.first_steps == 3  # one of each process
     for ours, before in zip(
         resumed.train_step.optimizer.param_groups, unbroken.train_step.optimizer.param_groups, strict=True
     ):

@@ -21,6 +21,20 @@ def test_the_loss_is_smoothed_without_bias():
     assert state.debiased_loss() == pytest.approx(0.56 / 0.19)
 
 
+def test_speed_is_that_of_steps_that_did_not_compile():
+    """Two processes: 9 s for the first step and 2 for two more, then 11 for a single one."""
+    state = TrainState(step=3, train_seconds=11.0)
+    state.count_first_step(since=2.0)
+    assert (state.first_steps, state.first_step_seconds) == (1, 9.0)
+    assert state.tokens_per_second(100) == 2 * 100 / 2.0
+    state.step, state.train_seconds = 4, 22.0
+    state.count_first_step(since=11.0)
+    assert state.tokens_per_second(100) == 2 * 100 / 2.0
+    lone = TrainState(step=1, train_seconds=4.0)
+    lone.count_first_step(since=0.0)
+    assert lone.tokens_per_second(100) == 25.0
+
+
 def test_a_long_history_is_thinned_out_evenly(monkeypatch):
     monkeypatch.setattr(state_module, "HISTORY_POINTS", 8)
     state = TrainState()

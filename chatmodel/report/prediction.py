@@ -78,8 +78,15 @@ def compare_prediction(result: StageResult) -> list[Block]:
         return []
     spent = pick_number(result.record, "seconds")
     rate = pick_number(predicted, "hourly_rate")
+    trained = pick_number(metrics, "train_seconds")
+    behind = None if trained is None else trained - (pick_number(metrics, "first_step_seconds") or 0)
     pairs: list[tuple[str, Any, Any, Any]] = [
-        ("Training time", *_pick_pair(metrics, ("seconds", "training"), "train_seconds"), format_duration),
+        (
+            "First step, which may compile",
+            *_pick_pair(metrics, ("seconds", "compiling"), "first_step_seconds"),
+            format_duration,
+        ),
+        ("Training time behind it", pick_number(predicted, "seconds", "training"), behind, format_duration),
         ("Time of the whole stage", pick_number(predicted, "total_seconds"), spent, format_duration),
         ("Tokens per second", *_pick_pair(metrics, ("tokens_per_second",), "tokens_per_second"), format_count_rounded),
         ("Peak memory of a device", *_pick_pair(metrics, ("peak_memory_bytes",), "peak_memory_bytes"), format_bytes),

@@ -143,6 +143,7 @@ def _describe_base(result: StageResult) -> list[Block]:
         ("Tokens per second", format_count_rounded(metrics.get("tokens_per_second"))),
         ("Total training FLOPs", format_flops(metrics.get("total_flops"))),
         ("Total training time", format_duration(metrics.get("train_seconds"))),
+        ("Of it first steps, which may compile", format_duration(metrics.get("first_step_seconds"))),
         ("Peak memory usage", format_bytes(metrics.get("peak_memory_bytes"))),
     ]
     plan = list(flatten_values(metrics.get("plan") or {}, null="none"))
@@ -168,6 +169,7 @@ def _describe_base(result: StageResult) -> list[Block]:
         "val_bpb_min",
     }
     shown |= {"val_bpb_final", "mfu", "tokens_per_second", "total_flops", "train_seconds", "peak_memory_bytes"}
+    shown |= {"first_step_seconds"}
     if "prediction" in metrics:
         shown.add("disk_bytes")
     return [*blocks, *list_others(metrics, shown | {"history", "evaluations", "samples"})]

@@ -117,6 +117,7 @@ class Pretraining:
 
     def _run_steps(self) -> None:
         """Each measurement comes after a checkpoint: should it fail or be stopped, no step is lost."""
+        self.earlier_seconds = self.state.train_seconds
         self.clock.restart()
         while True:
             is_last = self.state.step == self.plan.steps
@@ -140,6 +141,7 @@ class Pretraining:
             self._settle()
         if not self.is_warm:
             with self._time_out():
+                self.state.count_first_step(since=self.earlier_seconds)
                 freeze_garbage()
             self.is_warm = True
 

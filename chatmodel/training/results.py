@@ -41,7 +41,7 @@ def write_results(
     prediction: dict[str, Any] | None,
 ) -> None:
     """Write the model folder and the stage's result; by the main process only."""
-    speed = state.step * plan.total_batch_tokens / state.train_seconds
+    speed = state.tokens_per_second(plan.total_batch_tokens)
     val_bpbs = [evaluation["val_bpb"] for evaluation in state.evaluations]
     metrics = {
         "plan": plan.as_dict(),
@@ -51,6 +51,7 @@ def write_results(
         "train_tokens": plan.train_tokens,
         "steps": plan.steps,
         "train_seconds": state.train_seconds,
+        "first_step_seconds": state.first_step_seconds,
         "tokens_per_second": speed,
         "mfu": flops_share(plan, speed, accelerator),
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),

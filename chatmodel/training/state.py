@@ -20,6 +20,8 @@ class TrainState:
 
     step: int = 0
     train_seconds: float = 0.0
+    first_steps: int = 0  # of a process each, which compile
+    first_step_seconds: float = 0.0  # of those, among `train_seconds`
     smooth_loss: float = 0.0
     device_batch_size: int = 0  # what the run was begun with, and on how many ranks
     world_size: int = 0
@@ -47,6 +49,18 @@ class TrainState:
         """Count a step with its loss."""
         self.step += 1
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss
+
+    def count_first_step(self, *, since: float) -> None:
+        """A process has taken its first step; `since` were the training seconds before it."""
+        self.first_steps += 1
+        self.first_step_seconds += self.train_seconds - since
+
+    def tokens_per_second(self, batch_tokens: int) -> float:
+        """Of the steps that did not compile, where there are such; a step has `batch_tokens`."""
+        steps, seconds = self.step - self.first_steps, self.train_seconds - self.first_step_seconds
+        if not steps:
+            steps, seconds = self.step, self.train_seconds
+        return steps * batch_tokens / seconds
 
     def debiased_loss(self) -> float:
         """The smoothed training loss, in nats a token, freed of its start at zero."""
