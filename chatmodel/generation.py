@@ -8,7 +8,6 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 
 from chatmodel.conversations.render import render_prompt
@@ -17,6 +16,7 @@ from chatmodel.decoding.pool import find_engine
 from chatmodel.decoding.sampling import Sampling
 from chatmodel.decoding.weights import find_obstacle
 from chatmodel.model.generation_gpt import check_prompt
+from chatmodel.progress import ItemProgress
 from chatmodel.runtime import UserError, warn_once
 from chatmodel.tokenizer import SPECIAL_TOKENS
 
@@ -103,7 +103,7 @@ def generate_replies(
     rows = [index for index in order for _ in range(num_samples)]
     generate = _generate_by_engine if has_engine(model) else _generate_by_batches
     found: list[list[int]] = [[] for _ in rows]
-    with tqdm(total=len(rows), desc=progress, unit="reply", disable=progress is None) as bar:
+    with ItemProgress(progress or "replies", unit="reply", total=len(rows), shown=progress is not None) as bar:
         for place, reply in generate(model, [prompts[index] for index in rows], settings, batch_size):
             found[place] = cut_at_end(reply, settings.eos_token_id, keep_end=keep_end)
             bar.update()

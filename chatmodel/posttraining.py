@@ -18,6 +18,7 @@ from chatmodel.optim.optimizer import MuonAdamW
 from chatmodel.runtime import UserError, logger, read_json, write_json
 from chatmodel.scaling import GroupPlan
 from chatmodel.tokenizer import calculator_table, load_tokenizer
+from chatmodel.trainer_callbacks import tell_in_lines
 
 ADAPTER_LR = 2e-3
 
@@ -134,6 +135,7 @@ class StageTraining:
     def __init__(self, *args: Any, plan_folder: Path, lr_fraction: float, **kwargs: Any) -> None:
         self.plan_folder, self.lr_fraction = plan_folder, lr_fraction
         super().__init__(*args, **kwargs)
+        tell_in_lines(self)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """What the Trainer calls once, before training."""

@@ -6,16 +6,29 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ExportableState
 
 from chatmodel.checkpoint import seal_folder
-from chatmodel.runtime import UserError
+from chatmodel.runtime import UserError, logger
+
+# Of a Trainer's log: what a step did in SFT, RL and DPO, and how fast.
+STEP_PARTS = {
+    "loss": "loss {:.4f}",
+    "reward": "reward {:.3f}",
+    "completions/mean_length": "{:.0f} tokens each",
+    "entropy": "entropy {:.2f}",
+    "rewards/margins": "margin {:.3f}",
+    "rewards/accuracies": "chosen the likelier {:.2f}",
+    "grad_norm": "gradient {:.3g}",
+}
+SPEED_PARTS = {"tokens_per_second": "{:,.0f} tok/s", "rollout_tokens_per_second": "{:,.0f} sampled tok/s"}
 
 
 def stage_callbacks() -> list[TrainerCallback]:
     """What every stage's Trainer is given."""
-    return [StopOnBadGradient(), SealCheckpoints(), TrainingTotals()]
+    return [StopOnBadGradient(), SealCheckpoints(), TrainingTotals(), StepLines()]
 
 
 class StopOnBadGradient(TrainerCallback):  # type: ignore[misc]
@@ -67,6 +80,44 @@ class TrainingTotals(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+
+class StepLines(TrainerCallback):  # type: ignore[misc]
+    """Tells of steps in lines like pretraining's; `tell_in_lines` takes Transformers' bar and dicts away."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        self.warm: tuple[int, float] | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer; the first step may compile and says nothing about the others."""
+        self.warm = self.warm or (state.global_step, time.perf_counter())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Called by the Trainer, after steps and evaluations."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs and "eval_bits_per_byte" not in logs:  # which says so itself (chatmodel.finetuning)
+            logger.info("step %d | validation loss %.4f", state.global_step, logs["eval_loss"])
+        if "loss" not in logs:
+            return
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        told = logs.keys() - {"loss"} if "reward" in logs else logs.keys()  # RL's loss is 0 but for rounding
+        parts += [text.format(logs[key]) for key, text in STEP_PARTS.items() if key in told]
+        initial = kwargs["optimizer"].param_groups[0].get("initial_lr")
+        if initial and "learning_rate" in logs:
+            parts.append(f"lr x{logs['learning_rate'] / initial:.2f}")
+        parts += [text.format(logs[key]) for key, text in SPEED_PARTS.items() if key in logs]
+        if self.warm is not None and state.global_step > self.warm[0]:
+            seconds = (time.perf_counter() - self.warm[1]) / (state.global_step - self.warm[0])
+            parts.append(f"{(state.max_steps - state.global_step) * seconds / 60:.1f} min left")
+        logger.info("%s", " | ".join(parts))
+
+
+def tell_in_lines(trainer: Any) -> None:
+    """Leave it to `StepLines` to tell of steps."""
+    for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+        trainer.remove_callback(callback)
 
 
 def sum_up(trainer: Any, outcome: Any) -> dict[str, float | None]:

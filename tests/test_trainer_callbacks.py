@@ -9,7 +9,7 @@ from conftest import make_model
 from tiny_finetuning import build_trainer
 
 from chatmodel.runtime import UserError
-from chatmodel.trainer_callbacks import StopOnBadGradient, TrainingTotals, sum_up
+from chatmodel.trainer_callbacks import StepLines, StopOnBadGradient, TrainingTotals, sum_up
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run():
@@ -31,6 +31,35 @@ def train(folder, tokenizer, *, after=None):
     trainer = build_trainer(folder, tokenizer, **SETTINGS)
     outcome = trainer.train(resume_from_checkpoint=after and str(folder / "checkpoints" / f"checkpoint-{after}"))
     return trainer, outcome
+
+
+def test_steps_are_told_in_lines(tmp_path, tokenizer, caplog, capfd):
+    caplog.set_level("INFO", logger="chatmodel")
+    trainer, _ = train(tmp_path / "run", tokenizer)
+    lines = [record.message for record in caplog.records if record.message.startswith("step")]
+    assert [line.split(" | ")[0] for line in lines] == ["step 2/6", "step 4/6", "step 6/6"]
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert f"loss {first['loss']:.4f} | gradient {first['grad_norm']:.3g} | lr x0.83" in lines[0]
+    assert all(" tok/s | " in line and line.endswith(" min left") for line in lines)
+    assert lines[-1].endswith("| 0.0 min left")
+    written = "".join(capfd.readouterr())
+    assert "/6 [" not in written  # neither a bar
+    assert "{'loss'" not in written  # nor a dict
+
+
+def test_what_is_told_of_other_stages(caplog):
+    caplog.set_level("INFO", logger="chatmodel")
+    lines, state = StepLines(), SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=9)
+    lines.on_train_begin(None, state, None)
+    optimizer = SimpleNamespace(param_groups=[{"initial_lr": 0.2}])
+    logs = {"loss": 1e-9, "reward": 0.25, "completions/mean_length": 12.4, "entropy": 1.5, "learning_rate": 0.1}
+    lines.on_log(None, state, None, logs=logs | {"rollout_tokens_per_second": 1234.5}, optimizer=optimizer)
+    lines.on_log(None, state, None, logs={"eval_loss": 2.0}, optimizer=optimizer)
+    lines.on_log(None, state, None, logs={"train_runtime": 2.0}, optimizer=optimizer)
+    assert [record.message for record in caplog.records] == [
+        "step 3/9 | reward 0.250 | 12 tokens each | entropy 1.50 | lr x0.50 | 1,234 sampled tok/s",
+        "step 3 | validation loss 2.0000",
+    ]
 
 
 def test_totals_are_those_of_all_starts(tmp_path, tokenizer):

@@ -30,10 +30,10 @@ from chatmodel.evaluation.scoring import (
     pad_right,
     plan_batches,
     share_decisions,
-    show_progress,
 )
 from chatmodel.evaluation.statistics import log_task, summarize_score, summarize_task
 from chatmodel.generation import generate_replies
+from chatmodel.progress import ItemProgress
 from chatmodel.runtime import UserError, logger
 
 
@@ -129,7 +129,7 @@ def decide_chat_task(name: str, model: Any, tokenizer: Any, *, folder: Path | No
             programs = [
                 build_program(examples[index].row, reply) for index, reply in zip(indices, replies, strict=True)
             ]
-            with show_progress("HumanEval tests", unit="program", total=len(programs)) as progress:
+            with ItemProgress("HumanEval tests", unit="program", total=len(programs)) as progress:
                 return [result.success for result in run_programs(programs, progress=progress)]
         return [check_answer(messages, reply) for messages, reply in zip(chosen, replies, strict=True)]
 
@@ -158,7 +158,7 @@ def choose_letters(
     wanted = torch.tensor(list(letter_ids.values()), device=get_device(model))
     batches = plan_batches([len(ids) for ids in prompts], batch_tokens=batch_tokens)
     found = []
-    with evaluation_mode(model), show_progress(label, unit="example", total=len(prompts)) as progress:
+    with evaluation_mode(model), ItemProgress(label, unit="example", total=len(prompts)) as progress:
         for batch in batches:
             found.append(_predict_next(model, [prompts[index] for index in batch], wanted))
             progress.update(len(batch))

@@ -17,9 +17,9 @@ from chatmodel.evaluation.core_tasks import CoreTask, build_requests, load_core_
 from chatmodel.evaluation.decisions import KeptDecisions, hash_values
 from chatmodel.evaluation.encoding import PromptEncoder
 from chatmodel.evaluation.likelihood import Pending, can_share_prefixes, launch_plan, plan_for_model
-from chatmodel.evaluation.progress import WorkProgress
 from chatmodel.evaluation.scoring import Score, get_device, get_rank, share_decisions
 from chatmodel.evaluation.statistics import center_accuracy, log_task, summarize_score, summarize_task
+from chatmodel.progress import WorkProgress
 from chatmodel.runtime import logger
 from chatmodel.workers import run_in_order
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from chatmodel.runtime import UserError
 
@@ -77,11 +76,6 @@ def share_decisions(count: int, decide: Callable[[range], list[bool]], *, device
     if world_size > 1:
         dist.all_reduce(right)
     return [bool(value) for value in right.tolist()]
-
-
-def show_progress(label: str, *, unit: str, total: int | None = None) -> "tqdm[Any]":
-    """A progress bar with a rate, on the first rank and on a terminal only."""
-    return tqdm(desc=label, unit=f" {unit}", total=total, disable=None if get_rank()[0] == 0 else True, leave=False)
 
 
 def get_start_token(tokenizer: Any) -> int:

@@ -21,8 +21,9 @@ from chatmodel.evaluation.chatcore import ChatLimits, evaluate_chatcore
 from chatmodel.evaluation.core import evaluate_core
 from chatmodel.evaluation.decisions import KeptDecisions
 from chatmodel.evaluation.samples import complete_sample_prompts, hold_sample_chats
-from chatmodel.evaluation.scoring import find_hard_limit, get_device, get_rank, show_progress
+from chatmodel.evaluation.scoring import find_hard_limit, get_device, get_rank
 from chatmodel.evaluation.skills import evaluate_skills
+from chatmodel.progress import ItemProgress
 from chatmodel.runs import Run
 from chatmodel.runtime import UserError, logger
 from chatmodel.tokenizer import token_byte_lengths
@@ -140,7 +141,7 @@ def measure_bits_per_byte(
         rows = list(validation_rows(store, sequence_length=length, max_tokens=args.eval_tokens))[rank::world_size]
         size = max(1, min(batch_tokens, LOGIT_TOKENS) // length)
         batches = (default_collate(rows[begin : begin + size]) for begin in range(0, len(rows), size))
-        with show_progress(f"bits per byte, {split}", unit="batch", total=-(-len(rows) // size)) as progress:
+        with ItemProgress(f"bits per byte, {split}", unit="batch", total=-(-len(rows) // size)) as progress:
             measured[split] = bits_per_byte(model, count_items(batches, progress), token_bytes)
         logger.info("bits per byte, %s: %.4f", split, measured[split])
     store = stores["validation"]
