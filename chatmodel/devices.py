@@ -1,5 +1,6 @@
 """Which device, in which precision, how fast, and how much does it hold: by its datasheet, or found by trying?"""
 
+import math
 import os
 import sys
 import time
@@ -188,7 +189,7 @@ def choose_device() -> torch.device:
 
 
 def choose_precision(device: torch.device, asked: str | None = None) -> str:
-    """ "bf16" or "no" (fp32): what was asked for, else bf16 where this device is faster with it, found by trying.
+    """ "bf16" or "no" (fp32): what was asked for, else bf16 where this device is faster with it.
 
     Accelerate's own setting is not looked at, since `accelerate launch` sets "no" where nobody asked; if the choice is
     another one, the log says so.
@@ -203,7 +204,7 @@ def choose_precision(device: torch.device, asked: str | None = None) -> str:
     if device.type == "cuda":
         chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     else:
-        chosen = "bf16" if device.type == "cpu" and _matmul_speedup(torch.bfloat16) > 1.3 else "no"
+        chosen = "bf16" if device.type == "cpu" and _has_fast_bf16() else "no"
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", chosen)
     hint = f", not Accelerate's '{launched}', which does not count: this program's own --mixed_precision does"
     named = "bf16" if chosen == "bf16" else "fp32"
@@ -211,18 +212,26 @@ def choose_precision(device: torch.device, asked: str | None = None) -> str:
     return chosen
 
 
+def _has_fast_bf16() -> bool:
+    """Whether this CPU has instructions for bf16; where PyTorch cannot say, whether it multiplies faster in it.
+
+    By the clock only then: other programs disturb it, and a run must go on in the precision it began in.
+    """
+    found = torch.cpu.get_capabilities()
+    if "avx512_bf16" in found:  # an x86
+        return bool(found["avx512_bf16"] or found.get("amx_bf16"))
+    return _matmul_speedup(torch.bfloat16) > 1.3
+
+
 def _matmul_speedup(dtype: torch.dtype) -> float:
     """How many times faster this CPU multiplies matrices of `dtype` than of fp32; some emulate bf16 slowly."""
-    seconds = {}
-    for kind in (torch.float32, dtype):
-        left, right = torch.randn(512, 512).to(kind), torch.randn(512, 1024).to(kind)
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - began)
-        seconds[kind] = min(times)
-    return seconds[torch.float32] / seconds[dtype]
+    factors = torch.randn(512, 512), torch.randn(512, 1024)
+    fastest = dict.fromkeys((torch.float32, dtype), math.inf)
+    for _ in range(10):
+        for kind in fastest:  # by turns, so that a disturbance meets both
+            left, right = (factor.to(kind) for factor in factors)
+            fastest[kind] = min(fastest[kind], time_call(lambda: left @ right, torch.device("cpu")))  # noqa: B023
+    return fastest[torch.float32] / fastest[dtype]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -63,28 +63,44 @@ def test_rates_are_those_of_the_clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("launched", "asked", "speedup", "said"),
+    ("launched", "asked", "fast", "said"),
     [
-        ("no", None, 2.0, "precision: bf16 on cpu, not Accelerate's 'no', which does not count: this program's own"),
-        ("bf16", None, 1.0, "precision: fp32 on cpu, not Accelerate's 'bf16', which does not count: this"),
-        ("fp16", None, 1.0, "precision: fp32 on cpu, not Accelerate's 'fp16'"),
-        ("no", None, 1.0, "precision: fp32 on cpu\n"),
-        (None, None, 2.0, "precision: bf16 on cpu\n"),
-        ("no", "bf16", 1.0, ""),
+        ("no", None, True, "precision: bf16 on cpu, not Accelerate's 'no', which does not count: this program's own"),
+        ("bf16", None, False, "precision: fp32 on cpu, not Accelerate's 'bf16', which does not count: this"),
+        ("fp16", None, False, "precision: fp32 on cpu, not Accelerate's 'fp16'"),
+        ("no", None, False, "precision: fp32 on cpu\n"),
+        (None, None, True, "precision: bf16 on cpu\n"),
+        ("no", "bf16", False, ""),
     ],
 )
 def test_a_precision_asked_of_accelerate_is_not_passed_over_in_silence(
-    monkeypatch, caplog, launched, asked, speedup, said
+    monkeypatch, caplog, launched, asked, fast, said
 ):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    monkeypatch.setattr("chatmodel.devices._matmul_speedup", lambda dtype: speedup)
+    monkeypatch.setattr("chatmodel.devices._has_fast_bf16", lambda: fast)
     with caplog.at_level("INFO", logger="chatmodel"):
         chosen = choose_precision(torch.device("cpu"), asked)
-    assert chosen == (asked or ("bf16" if speedup > 1.3 else "no"))
+    assert chosen == (asked or ("bf16" if fast else "no"))
     assert said in caplog.text
     assert bool(said) == bool(caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("found", "speedup", "chosen"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, 0.5, "bf16"),  # the clock was disturbed
+        ({"avx512_bf16": False, "amx_bf16": True}, 0.5, "bf16"),
+        ({"avx512_bf16": False}, 2.0, "no"),
+        ({"architecture": "aarch64"}, 2.0, "bf16"),
+        ({"architecture": "aarch64"}, 1.1, "no"),
+    ],
+)
+def test_the_precision_on_a_cpu_is_by_its_instructions_where_they_are_known(monkeypatch, found, speedup, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr("chatmodel.devices._matmul_speedup", lambda dtype: speedup)
+    assert choose_precision(CPU) == chosen
 
 
 class FakeGPU:
