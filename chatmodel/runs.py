@@ -47,6 +47,7 @@ NEUTRAL_SETTINGS = frozenset(
             "rank_timeout",
             "device_batch_size",
             "auto_batch",
+            "cuda_graphs",
             "hourly_rate",
             "eval_every",
             "core_every",

@@ -1,7 +1,7 @@
 """What happens in one step of pretraining, from micro-batches to moved weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
 
 from chatmodel.attention import TRAINING_ATTENTION, AttentionShape, choose_attention, use_attention, works_here
+from chatmodel.gradients import GraphedGradients, adding_gradients, check_graphs
 from chatmodel.kernels.fp8 import build_fp8_converter, check_fp8
 from chatmodel.kernels.mlp import fused_mlp_pays
 from chatmodel.losses import LanguageModelLoss
@@ -69,6 +69,7 @@ class TrainStep:
     `accelerator.save_state` and `load_state` cover both model and optimizer.
 
     Args:
+        cuda_graphs: micro-batches are replayed as CUDA graphs, by default where they can (`GraphedGradients`).
         documents_apart: micro-batches bring `document_starts`, and no position sees an earlier document of its row.
     """
 
@@ -82,6 +83,7 @@ class TrainStep:
         lr_fraction: float = 1.0,
         compile: bool | None = None,
         fp8: bool = False,
+        cuda_graphs: bool | None = None,
         documents_apart: bool = False,
     ) -> None:
         self.model, self.plan, self.accelerator = model, plan, accelerator
@@ -108,6 +110,9 @@ class TrainStep:
             check_fp8(device, compiled=compiled, divided=self.divided)
         self._place, self._documents_apart = (device, dtype), documents_apart
         self._compiled, self._fp8 = compiled, fp8
+        self._graphs = None
+        if check_graphs(cuda_graphs, device, compiled=compiled, divided=self.divided):
+            self._graphs = GraphedGradients(self._add_gradients, model, wanted=cuda_graphs)
         self.layers: TrainingLayers | None = None
         self.loss_module = LanguageModelLoss(model)
         self.choose_kernels(device_batch_size)
@@ -138,12 +143,21 @@ class TrainStep:
         Args:
             batch: `input_ids` and `shift_labels` (B, T), and `document_starts` where documents are kept apart.
         """
-        loss = self.loss_module(**batch)
-        shares = self.accumulation * (1 if self.divided else self.accelerator.num_processes)
-        with nullcontext() if self.divided else adding_gradients(self.model):
-            (loss / shares).backward()
-        self._losses.append(loss.detach())
+        if self._graphs is None:
+            self._losses.append(self._add_gradients(batch))
+        else:
+            self._losses.append(self._graphs.add(batch))
         return self._losses[-1]
+
+    def _add_gradients(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss: Any = self.loss_module(**batch)
+        shares = self.accumulation * (1 if self.divided else self.accelerator.num_processes)
+        # A gradient that nothing is added to, and that is not cut, stays in the precision it was found in.
+        is_alone = shares == 1 and self.plan.grad_clip is None
+        with nullcontext() if self.divided or is_alone else adding_gradients(self.model):
+            (loss / shares).backward()
+        detached: torch.Tensor = loss.detach()
+        return detached
 
     def finish(self, step: int) -> StepResult:
         """Update the weights with what was accumulated, unless it is not finite; `step` counts from 0."""
@@ -188,7 +202,7 @@ class TrainStep:
             assert norm is not None
             return norm.full_tensor().float() if hasattr(norm, "full_tensor") else norm.float()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        square = torch.stack(measure_norms(gradients)).square().sum()
         norm = self.accelerator.reduce(square, "sum").sqrt()
         if limit < math.inf:
             torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
@@ -206,6 +220,8 @@ class TrainStep:
         Not for weights divided by FSDP, which must be put together first (`chatmodel.training.sharding`).
         """
         assert not self.divided
+        if self._graphs is not None:
+            self._graphs.release()
         if self.layers is not None:
             self.layers.remove()
         self.model.set_attn_implementation(EVALUATION_ATTENTION)
@@ -231,6 +247,8 @@ class TrainStep:
         return choose_training_layers(self.model, tokens=tokens, device=device, dtype=dtype)
 
     def _use_attention(self, chosen: dict[int | None, str]) -> None:
+        if self._graphs is not None:
+            self._graphs.forget()
         self.attention = chosen
         use_attention(chosen, length=self.model.config.max_position_embeddings, device=self.accelerator.device)
 
@@ -261,31 +279,12 @@ class TrainStep:
             self._use_attention(saved)
 
 
-@contextmanager
-def adding_gradients(model: nn.Module) -> Iterator[None]:
-    """Add what is found inside to the gradients so far, in fp32, without the copy in fp32 autograd would make.
-
-    Each is added as soon as it is whole, and dropped: the head's, found first, is not held beside all activations.
-    """
-    totals = {parameter: parameter.grad for parameter in model.parameters()}
-
-    def add(parameter: Any) -> None:
-        total, found = totals[parameter], parameter.grad
-        assert found is not None
-        totals[parameter] = found.float() if total is None else total.add_(found)
-        parameter.grad = None
-
-    register = torch.Tensor.register_post_accumulate_grad_hook
-    hooks = [register(p, add) for p in totals if p.requires_grad]  # type: ignore[no-untyped-call]
-    for parameter in totals:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, total in totals.items():
-            parameter.grad = total
+def measure_norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The norm of each, in fp32; those of one dtype in a few kernels, in the order of the dtypes."""
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    return [norm for same in by_dtype.values() for norm in torch._foreach_norm(same, dtype=torch.float32)]
 
 
 def choose_training_layers(

@@ -20,6 +20,7 @@ from chatmodel.finetuning.results import gather_metrics
 from chatmodel.finetuning.rows import ConversationRows, StreamRows
 from chatmodel.finetuning.schedule import MomentumWarmup
 from chatmodel.finetuning.trainer import ConversationTraining
+from chatmodel.gradients import check_graphs
 from chatmodel.posttraining import (
     StageTraining,
     describe_adapter,
@@ -91,6 +92,7 @@ def build_trainer(
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         logger.warning("weights divided by FSDP are trained the slow way: whole logits and masks, no loss per source")
         fit_to_device(training, args.mixed_precision)
+        check_graphs(args.cuda_graphs, training.device, compiled=False, divided=True)
         columns = ["input_ids", "labels"]
         held_out = None if validation is None else validation.select_columns(columns)
         return DividedTrainer(train_dataset=train.select_columns(columns), eval_dataset=held_out, **common)
@@ -98,6 +100,7 @@ def build_trainer(
     if compiled and (args.lora_rank or training.activation_checkpointing or training.gradient_checkpointing):
         logger.warning("adapters and activation checkpointing are trained without torch.compile, which is slower")
         compiled = False
+    check_graphs(args.cuda_graphs, training.device, compiled=compiled, divided=False)
     precision = choose_precision(training.device, args.mixed_precision)
     use_device(training)
     shape = {"length": training.max_length, "pad_token_id": tokenizer.pad_token_id}
@@ -119,6 +122,7 @@ def build_trainer(
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         compiled=compiled,
         loss_scale=args.loss_scale,
+        cuda_graphs=args.cuda_graphs,
         constant_fraction=args.constant_fraction,
         validation=validation,
         tasks=tasks,

@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mixed_precision", choices=("bf16", "no"), help="by default what is faster here")
     parser.add_argument("--fp8", action="store_true", help="also measure our model with fp8 linear layers")
+    parser.add_argument("--no_cuda_graphs", action="store_true", help="launch our kernels one by one")
     parser.add_argument(
         "--document_tokens", type=int, help="also measure ours with documents of this mean length kept apart"
     )
@@ -90,7 +91,15 @@ def build_ours(
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     run = plan(args, args.depths[0])
     model = GPTForCausalLM(run.model_config())
-    step = TrainStep(model, run, accelerator, device_batch_size=args.device_batch_size, fp8=fp8, documents_apart=apart)
+    step = TrainStep(
+        model,
+        run,
+        accelerator,
+        device_batch_size=args.device_batch_size,
+        fp8=fp8,
+        cuda_graphs=False if args.no_cuda_graphs else None,
+        documents_apart=apart,
+    )
     count = iter(range(10**9))
     documents = {"document_starts": draw_document_starts(args).to(accelerator.device)} if apart else {}
 
@@ -185,6 +194,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         write_profile(args.profile, take, batches)
     step = statistics.median(seconds[args.warmup :])
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    reserved = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
     return facts | {
         "system": args.single,
         "depth": args.depths[0],
@@ -192,6 +202,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "step_seconds": step,
         "tokens_per_second": args.total_batch_tokens / step,
         "peak_gib": memory,
+        "reserved_gib": reserved,  # with what CUDA graphs keep
     }
 
 

@@ -14,7 +14,7 @@ LAYERS = [  # lowest first
     {"arguments", "environment", "model_folders", "progress"},
     {"runs", "scaling", "tokenizer", "devices", "workers"},
     {"kernels", "data", "optim", "tokenizer_comparison"},
-    {"losses", "attention", "training_layers"},
+    {"losses", "attention", "training_layers", "gradients"},
     {"conversations", "checkpoint", "train_step", "decoding"},
     {"trainer_callbacks"},
     {"estimate", "probes", "generation", "rewards", "posttraining", "preferences", "export"},

@@ -32,6 +32,7 @@ def test_what_can_be():
         ({"lr_fraction": -1.0}, {}, "lr_fraction=-1.0"),
         ({"lr_fraction": float("nan")}, {}, "lr_fraction=nan"),
         ({"loss_scale": "mean"}, {}, "loss_scale='mean'"),
+        ({"loss_scale": "nanochat", "cuda_graphs": True}, {}, "cuda_graphs does not go with loss_scale='nanochat'"),
         ({"constant_fraction": 1.0}, {}, "constant_fraction=1.0"),
         ({"momentum_warmup_steps": 0}, {}, "momentum_warmup_steps=0"),
         ({"lora_rank": 0}, {}, "lora_rank=0"),

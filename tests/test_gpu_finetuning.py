@@ -27,6 +27,7 @@ def test_compiled_training_is_near_plain_training_in_fp32(tmp_path, tokenizer, o
             train_sampling_strategy="sequential",
         )
         trainer.train()
+        assert (trainer.graphs is not None and sorted(trainer.graphs.graphs) == [False, True]) == fast
         trainer.finish()
         losses[kind] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}

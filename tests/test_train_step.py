@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import make_model
 
+from chatmodel.gradients import adding_gradients
 from chatmodel.scaling import plan_run
-from chatmodel.train_step import TrainStep, adding_gradients
+from chatmodel.train_step import TrainStep
 
 LENGTH = 24
 
@@ -86,33 +87,6 @@ def test_gradients_of_bf16_weights_add_up_in_fp32():
             (weight.sum() * value).backward()
     assert weight.grad.dtype == torch.float32
     assert torch.equal(weight.grad, torch.full_like(weight.grad, 1 + 2**-8))
-
-
-def test_a_gradient_is_dropped_as_soon_as_it_is_added():
-    """So that the head's, which is found first, is not held beside all activations."""
-    model = make_model(max_position_embeddings=LENGTH).train()
-    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-    held = []
-    embedding.register_hook(lambda gradient: held.append(head.grad))
-    rows = make_batches()[0]
-    for _ in range(2):
-        with adding_gradients(model):
-            model(rows[:, :-1], labels=rows[:, :-1], use_cache=False).loss.backward()
-    assert held == [None, None]
-    assert head.grad.any()
-    assert embedding.grad.any()
-
-
-def test_an_error_in_a_micro_batch_leaves_the_gradients_so_far():
-    model = make_model().train()
-    weight = model.lm_head.weight
-    weight.grad = torch.ones_like(weight)
-    with pytest.raises(RuntimeError, match="broken"), adding_gradients(model):
-        raise RuntimeError("broken")
-    assert torch.equal(weight.grad, torch.ones_like(weight))
-    with adding_gradients(model):
-        weight.sum().backward()
-    assert torch.equal(weight.grad, torch.full_like(weight, 2))
 
 
 def test_kernels_chosen_again_leave_the_step_as_it_is(monkeypatch):

@@ -37,6 +37,9 @@ class ConversationArguments:
     skip_invalid: bool = field(default=False, metadata={"help": "Leave out conversations that cannot be rendered."})
     mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile; by default on a GPU."})
+    cuda_graphs: bool | None = field(
+        default=None, metadata={"help": "Replay micro-batches as CUDA graphs; by default where memory has room."}
+    )
     lr_fraction: float = field(default=1.0, metadata={"help": "Factor on pretraining's learning rates."})
     constant_fraction: float | None = field(
         default=None, metadata={"help": "Share of the steps at full rates, which then fall linearly to 0."}
@@ -73,8 +76,7 @@ class ConversationArguments:
             raise UserError(f"stage={self.stage!r} must be 'mid' or 'sft'")
         if not self.lr_fraction > 0:
             raise UserError(f"lr_fraction={self.lr_fraction} must be greater than 0")
-        if self.loss_scale not in LOSS_SCALES:
-            raise UserError(f"loss_scale={self.loss_scale!r} must be one of {', '.join(LOSS_SCALES)}")
+        self._check_loss_scale()
         if self.preview_masks < 0:
             raise UserError(f"preview_masks={self.preview_masks} must be 0 or more")
         if self.lora_rank is not None:
@@ -92,6 +94,12 @@ class ConversationArguments:
                 raise UserError(
                     f"{name}={value!r} is TRL's, and this recipe knows {' and '.join(map(repr, known))} only"
                 )
+
+    def _check_loss_scale(self) -> None:
+        if self.loss_scale not in LOSS_SCALES:
+            raise UserError(f"loss_scale={self.loss_scale!r} must be one of {', '.join(LOSS_SCALES)}")
+        if self.cuda_graphs and self.loss_scale != "tokens":
+            raise UserError(f"cuda_graphs does not go with loss_scale={self.loss_scale!r}; leave one of them out")
 
     def _check_length(self, training: Any, context: int | None) -> None:
         if training.max_length is None or training.max_length < 1:

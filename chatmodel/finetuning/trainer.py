@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from chatmodel.finetuning.evaluation import TaskCheck, ValidationLoss, answer_samples, ask_tasks
-from chatmodel.finetuning.loss import Batch, PackedLoss
+from chatmodel.finetuning.loss import INPUTS, Batch, PackedLoss
 from chatmodel.finetuning.rows import ConversationRows, StreamRows
 from chatmodel.finetuning.schedule import rate_multiplier
+from chatmodel.gradients import GraphedGradients, adding_gradients, check_graphs
 from chatmodel.optim.optimizer import MuonAdamW
 from chatmodel.runtime import UserError, logger
-from chatmodel.train_step import adding_gradients, keep_masters_in_optimizer
+from chatmodel.train_step import keep_masters_in_optimizer
 from chatmodel.training.state import TrainingClock
 
 LOSS_SCALES = ("tokens", "nanochat")
@@ -35,6 +36,8 @@ class ConversationTraining:
             so that each counts the same however micro-batches and ranks share them. "nanochat" takes the mean of the
             micro-batches' means, as karpathy/nanochat@c75fe54 scripts/chat_sft.py does: a token counts more where it
             has few beside it, and the result depends on the size of a micro-batch.
+        cuda_graphs: micro-batches are replayed as CUDA graphs (`GraphedGradients`), by default where they can be; not
+            with "nanochat", whose steps may differ in what a micro-batch's loss is divided by.
         constant_fraction: share of the steps before rates fall, linearly to 0; None for the Trainer's own schedule.
         validation, tasks: what an evaluation measures, beside the samples it writes.
         Everything else goes to the Trainer.
@@ -56,6 +59,7 @@ class ConversationTraining:
         compiled: bool,
         args: Any,
         loss_scale: str = "tokens",
+        cuda_graphs: bool | None = None,
         constant_fraction: float | None = None,
         validation: ValidationLoss | None = None,
         tasks: TaskCheck | None = None,
@@ -67,6 +71,8 @@ class ConversationTraining:
         self.constant_fraction = constant_fraction
         self.validation, self.tasks = validation, tasks or TaskCheck()
         self.loss: PackedLoss | None = None
+        self.cuda_graphs = cuda_graphs
+        self.graphs: GraphedGradients | None = None
         self.clock = TrainingClock(args.device)
         self.window_tokens, self.window_seconds, self.is_warm = 0, 0.0, False
         self.train_tokens, self.train_seconds = 0, 0.0  # without the first step, which compiles
@@ -94,6 +100,9 @@ class ConversationTraining:
             plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             size, length = self.rows.batch_size, self.rows.length
             self.loss = PackedLoss(plain, batch_size=size, length=length, compiled=self.compiled)
+            wanted = self.cuda_graphs if self.loss_scale == "tokens" else False
+            if check_graphs(wanted, self.args.device, compiled=self.compiled, divided=False):
+                self.graphs = GraphedGradients(self._add_gradients, self.model, wanted=wanted)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -132,11 +141,17 @@ class ConversationTraining:
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """Add a micro-batch's gradient to those so far, and with the last one all ranks' together."""
-        with adding_gradients(self.model):
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        batch = {name: inputs[name] for name in (*INPUTS, "shift_labels")} | {"divisor": num_items_in_batch}
+        loss = self._add_gradients(batch) if self.graphs is None else self.graphs.add(batch)
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             sum_gradients(self.model)
         return loss * self.accelerator.num_processes  # the Trainer logs the mean over the ranks
+
+    def _add_gradients(self, batch: Batch) -> torch.Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "divisor"}
+        with adding_gradients(self.model):
+            loss: torch.Tensor = super().training_step(self.model, inputs, batch["divisor"])  # type: ignore[misc]
+        return loss
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: it takes longer than to launch a micro-batch."""
@@ -165,6 +180,8 @@ class ConversationTraining:
     ) -> dict[str, float]:
         """Measure what `validation` and `tasks` say, and write samples, into the log; it is no training time."""
         assert self.loss is not None
+        if self.graphs is not None:
+            self.graphs.release()
         self._count_time()
         step = self.state.global_step
         metrics: dict[str, float] = {}
@@ -205,6 +222,8 @@ class ConversationTraining:
         measured = [entry["step"] for entry in self.state.log_history if "samples" in entry]
         if self.validation is not None and self.state.global_step not in measured:
             self.evaluate()
+        if self.graphs is not None:
+            self.graphs.forget()
         self.loss.remove()
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[attr-defined]
         for parameter in self.model.parameters():

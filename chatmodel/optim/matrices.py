@@ -37,6 +37,7 @@ def update_matrices(
         skip: a boolean on the device; where it is true nothing changes, without anybody waiting to know.
     """
     rows, columns = weights.shape[-2:]
+    gradients = gradients.to(momenta.dtype)
     _replace(momenta, momenta.lerp(gradients, 1 - momentum), skip)
     # Nesterov: look ahead along the momentum from the gradient.
     ahead = gradients.lerp(momenta, momentum)

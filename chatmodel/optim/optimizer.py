@@ -126,7 +126,7 @@ class MuonAdamW(torch.optim.Optimizer):
         device = weights.device
         _updater(weights.is_cuda)(
             weights,
-            torch.stack([_whole(p.grad).float() for p in parameters if p.grad is not None]),
+            torch.stack([_whole(p.grad) for p in parameters if p.grad is not None]),
             _stack(states, "momentum"),
             _stack(states, "second_moment") if group["normalize"] else None,
             # Filled on the device: a copy from the host would wait for all that the device still has to do.

@@ -10,6 +10,7 @@ from chatmodel.checkpoint import list_checkpoints
 from chatmodel.data.shards import BAD_SHARD_POLICIES
 from chatmodel.data.store import TokenStore, ensure_token_store
 from chatmodel.evaluation.bundle import HOW_TO_GET_BUNDLE, find_place, is_address
+from chatmodel.gradients import check_graphs
 from chatmodel.kernels.fp8 import check_fp8
 from chatmodel.runs import Run, leave_out_neutral
 from chatmodel.runtime import UserError, logger
@@ -70,6 +71,9 @@ class PretrainArguments:
     mixed_precision: str | None = field(default=None, metadata={"help": "'bf16' or 'no'; by default what is faster."})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile; by default on CUDA only."})
     fp8: bool = field(default=False, metadata={"help": "Linear layers in 8-bit floats; pays from some depth on."})
+    cuda_graphs: bool | None = field(
+        default=None, metadata={"help": "Replay micro-batches as CUDA graphs; by default where memory has room."}
+    )
     eval_every: int = field(default=250, metadata={"help": "Steps between validation measurements."})
     eval_tokens: int = field(default=20 * 2**19, metadata={"help": "Validation tokens of each measurement."})
     eval_bundle: str | None = field(
@@ -120,8 +124,10 @@ class PretrainArguments:
 
     def check_device(self, device: torch.device, *, divided: bool) -> None:
         """Refuse what a device cannot do, or what does not go with weights divided among ranks by FSDP."""
+        compiled = self.compiles_on(device.type)
         if self.fp8:
-            check_fp8(device, compiled=self.compiles_on(device.type), divided=divided)
+            check_fp8(device, compiled=compiled, divided=divided)
+        check_graphs(self.cuda_graphs, device, compiled=compiled, divided=divided)
         if self.auto_batch and divided:
             raise UserError("auto_batch cannot try sizes on weights divided by FSDP; set device_batch_size instead")
 

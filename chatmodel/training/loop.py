@@ -71,6 +71,7 @@ class Pretraining:
             lr_fraction=args.lr_fraction,
             compile=args.compile,
             fp8=args.fp8,
+            cuda_graphs=args.cuda_graphs,
             documents_apart=args.documents_apart,
         )
         self.rows = self._build_rows()
